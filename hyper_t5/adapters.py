@@ -1,0 +1,270 @@
+"""Adapters: what a hypermodel emits and a frozen T5 takes as an argument.
+
+The hub type of the package: hypermodels, backbone, export and serving share it, and it knows none
+of them. Shapes use N layers of a stack, T tasks, D model width, H heads, K head width, R LoRA rank,
+P prefix length. Every leaf leads with ``[N, T]``, so that it rides the scan over layers and so that
+the rows of task t, and no others, see slice t.
+
+    tree["enc_self"]["query"]  = {"a": [N,T,D,R], "b": [N,T,R,H*K], optional "bias": [N,T,H*K]}
+    tree["enc_self"]["prefix"] = {"key": [N,T,P,H,K], "value": [N,T,P,H,K], optional "mask": [N,T,P]}
+
+LoRA's effect is ``y += (x a b + bias) * alpha / R`` (Hu et al. 2021; the bias is PEFT's
+``lora_bias``). A prefix adds P keys and values that every row of the task may attend to
+(Li & Liang 2021).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from hyper_t5.errors import UserError
+
+ATTENTION_SITES = ("enc_self", "dec_self", "dec_cross")
+MLP_SITES = ("enc_mlp", "dec_mlp")
+ATTENTION_PROJECTIONS = ("query", "key", "value", "out")
+POSITION_BIASES = ("hf", "zero")
+
+SPEC_FILE = "adapter_spec.json"
+TENSOR_FILE = "adapter.safetensors"
+FORMAT = "hyper_t5.adapter"
+
+
+class Dims(Protocol):
+    """The sizes of a backbone that adapter shapes depend on (``t5.T5Config`` has them)."""
+
+    @property
+    def emb_dim(self) -> int: ...
+    @property
+    def num_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def mlp_dim(self) -> int: ...
+    @property
+    def num_encoder_layers(self) -> int: ...
+    @property
+    def num_decoder_layers(self) -> int: ...
+    @property
+    def mlp_activations(self) -> tuple[str, ...]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraSpec:
+    """Low-rank updates of the projections in ``targets`` (``"enc_self.query"``, ``"dec_mlp.wo"``)."""
+
+    targets: tuple[str, ...]
+    rank: int
+    alpha: float
+    bias: bool = False
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefixSpec:
+    """Extra keys and values at the attention ``sites``.
+
+    ``position_bias``: ``"hf"`` gives prefix slot j the relative position bias of a real token j - P
+    places before the row's first one (what PEFT's past key values get); ``"zero"`` gives none
+    (HINT). Cross-attention has no position bias in T5, so there both are the same.
+    """
+
+    sites: tuple[str, ...]
+    length: int
+    position_bias: str = "hf"
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterSpec:
+    """Static description of one backbone's adapters; stored with every checkpoint and export."""
+
+    lora: LoraSpec | None = None
+    prefix: PrefixSpec | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> AdapterSpec:
+        lora, prefix = data.get("lora"), data.get("prefix")
+        return cls(
+            lora=LoraSpec(**{**lora, "targets": tuple(lora["targets"])}) if lora else None,
+            prefix=PrefixSpec(**{**prefix, "sites": tuple(prefix["sites"])}) if prefix else None,
+        )
+
+
+@struct.dataclass
+class Adapters:
+    """Adapters of T tasks for one backbone: a pytree of arrays and its static spec."""
+
+    tree: dict[str, Any]
+    spec: AdapterSpec = struct.field(pytree_node=False)
+
+    @property
+    def num_tasks(self) -> int:
+        return jax.tree.leaves(self.tree)[0].shape[1]
+
+
+def targets_of(sites: Sequence[str], dims: Dims, projections: Sequence[str] = ()) -> tuple[str, ...]:
+    """Every LoRA target at ``sites``; ``projections`` narrows it (empty: all of them)."""
+    mlp = ("wi",) if len(dims.mlp_activations) == 1 else ("wi_0", "wi_1")
+    names = {s: ATTENTION_PROJECTIONS for s in ATTENTION_SITES}
+    names |= {s: (*mlp, "wo") for s in MLP_SITES}
+    return tuple(f"{s}.{p}" for s in sites for p in names[s] if not projections or p in projections)
+
+
+def num_layers(site: str, dims: Dims) -> int:
+    return dims.num_encoder_layers if site.startswith("enc") else dims.num_decoder_layers
+
+
+def projection_shape(target: str, dims: Dims) -> tuple[int, int]:
+    """(input, output) width of a LoRA target such as ``"dec_cross.value"``."""
+    site, _, projection = target.partition(".")
+    if target not in targets_of((*ATTENTION_SITES, *MLP_SITES), dims):
+        known = ", ".join(targets_of([site], dims)) if site in (*ATTENTION_SITES, *MLP_SITES) else (
+            ", ".join((*ATTENTION_SITES, *MLP_SITES)))
+        raise UserError(f"adapter.lora_targets: no projection {target!r} in this T5; known: {known}")
+    joined = dims.num_heads * dims.head_dim
+    narrow, wide = dims.emb_dim, joined if site in ATTENTION_SITES else dims.mlp_dim
+    return (wide, narrow) if projection in ("out", "wo") else (narrow, wide)
+
+
+def shapes(spec: AdapterSpec, dims: Dims, num_tasks: int) -> dict[str, Any]:
+    """The adapters' tree with a shape tuple at each leaf (a prefix's optional mask left out)."""
+    tree: dict[str, Any] = {}
+    if spec.lora:
+        rank = spec.lora.rank
+        for target in spec.lora.targets:
+            site, _, projection = target.partition(".")
+            n, (fan_in, fan_out) = num_layers(site, dims), projection_shape(target, dims)
+            leaf = {"a": (n, num_tasks, fan_in, rank), "b": (n, num_tasks, rank, fan_out)}
+            if spec.lora.bias:
+                leaf["bias"] = (n, num_tasks, fan_out)
+            tree.setdefault(site, {})[projection] = leaf
+    if spec.prefix:
+        for site in spec.prefix.sites:
+            if site not in ATTENTION_SITES:
+                raise UserError(f"adapter.prefix_sites: {site!r} is none of {ATTENTION_SITES}")
+            shape = (num_layers(site, dims), num_tasks, spec.prefix.length)
+            shape += (dims.num_heads, dims.head_dim)
+            tree.setdefault(site, {})["prefix"] = {"key": shape, "value": shape}
+    return tree
+
+
+def zeros(spec: AdapterSpec, dims: Dims, num_tasks: int) -> Adapters:
+    """Adapters without effect: LoRA of zeros, prefixes that no row may attend to."""
+    tree = jax.tree.map(jnp.zeros, shapes(spec, dims, num_tasks), is_leaf=lambda x: type(x) is tuple)
+    for site in spec.prefix.sites if spec.prefix else ():
+        shape = tree[site]["prefix"]["key"].shape[:3]
+        tree[site]["prefix"]["mask"] = jnp.zeros(shape, bool)
+    return Adapters(tree, spec)
+
+
+def take(adapters: Adapters, tasks: Any) -> Adapters:
+    """The adapters of ``tasks`` (an index array [T']), in that order."""
+    return Adapters(jax.tree.map(lambda x: x[:, jnp.asarray(tasks)], adapters.tree), adapters.spec)
+
+
+def concatenate(many: Sequence[Adapters]) -> Adapters:
+    """Adapters of several tasks, made apart, as one batch; their specs must be equal."""
+    if any(a.spec != many[0].spec for a in many):
+        raise UserError("adapters of one batch must have one AdapterSpec; run the others apart")
+    trees = [a.tree for a in many]
+    return Adapters(jax.tree.map(lambda *x: jnp.concatenate(x, 1), *trees), many[0].spec)
+
+
+def parameters_per_task(adapters: Adapters) -> int:
+    """How many numbers describe one task."""
+    return sum(int(np.prod(x.shape)) // x.shape[1] for x in jax.tree.leaves(adapters.tree))
+
+
+def check(adapters: Adapters, dims: Dims, where: str) -> None:
+    """UserError naming the first tensor whose name or shape does not fit this backbone."""
+    found = {k: tuple(v.shape) for k, v in _flatten(adapters.tree).items()}
+    expected = _flatten(shapes(adapters.spec, dims, adapters.num_tasks))
+    for name in [k for k in found if k.endswith("prefix/mask")]:
+        expected[name] = expected[name.replace("mask", "key")][:3]
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise UserError(
+                f"{where}: adapter tensor {name} is {found.get(name, 'missing')}, this backbone "
+                f"needs {expected.get(name, 'none of that name')}; use the backbone it was made for"
+            )
+
+
+# ---------------------------------------------------------------------------------------- on disk
+
+
+def save(folder: str | os.PathLike[str], adapters: Adapters, meta: dict[str, Any]) -> Path:
+    """Write the native adapter folder: all tasks in it, the spec, and ``meta`` (JSON).
+
+    Written beside its final name and moved there, so that a kill leaves no half folder.
+    """
+    folder = Path(folder)
+    fresh = folder.with_name(folder.name + f".tmp-{os.getpid()}")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    flat = {k: np.ascontiguousarray(np.asarray(v)) for k, v in _flatten(adapters.tree).items()}
+    save_file(flat, fresh / TENSOR_FILE)
+    header = {"format": FORMAT, "spec": adapters.spec.to_dict(), "meta": meta}
+    (fresh / SPEC_FILE).write_text(json.dumps(header, indent=1, sort_keys=True) + "\n")
+    if folder.exists():
+        if not (folder / SPEC_FILE).exists() and any(folder.iterdir()):
+            shutil.rmtree(fresh)
+            raise UserError(f"{folder} exists and is no adapter folder; give --out another name")
+        shutil.rmtree(folder)
+    fresh.rename(folder)
+    return folder
+
+
+def load(folder: str | os.PathLike[str]) -> tuple[Adapters, dict[str, Any]]:
+    """Read a native adapter folder back: (adapters, meta)."""
+    folder = Path(folder)
+    try:
+        header = json.loads((folder / SPEC_FILE).read_text())
+        if header.get("format") != FORMAT:
+            raise KeyError("format")
+        spec = AdapterSpec.from_dict(header["spec"])
+        flat = load_file(folder / TENSOR_FILE)
+    except FileNotFoundError as e:
+        raise UserError(f"{e.filename}: no such file; a native adapter folder holds "
+                        f"{SPEC_FILE} and {TENSOR_FILE} (`hyper-t5 adapt` makes one)") from None
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"{folder / SPEC_FILE}: not an adapter spec ({e}); make it again with "
+                        "`hyper-t5 adapt`") from None
+    except SafetensorError as e:
+        raise UserError(f"{folder / TENSOR_FILE}: truncated or damaged ({e}); make it again with "
+                        "`hyper-t5 adapt`") from None
+    tree: dict[str, Any] = {}
+    for name, value in flat.items():
+        node = tree
+        *parents, leaf = name.split("/")
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[leaf] = value
+        if value.dtype != bool and not np.isfinite(value.astype(np.float32)).all():
+            raise UserError(f"{folder / TENSOR_FILE}: {name} has non-finite numbers; make it again")
+    return Adapters(tree, spec), header.get("meta", {})
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = prefix + key
+        flat |= _flatten(value, name + "/") if isinstance(value, dict) else {name: value}
+    return flat

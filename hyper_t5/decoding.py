@@ -1,0 +1,107 @@
+"""Greedy and beam decoding with a key-value cache; stops when every row has ended.
+
+Semantics are T5X's ``decoding.temperature_sample(topk=1)`` and ``decoding.beam_search``: the first
+decoder input is 0, a row ends with EOS, zeros follow. Shapes: B rows, S steps, K beams, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from hyper_t5.adapters import Adapters
+from hyper_t5.t5 import T5, DecodeState, T5Config
+
+Array = jax.Array
+NEVER = -1e7  # log-probability of a beam that must not win
+
+
+@functools.partial(jax.jit, static_argnames=("config", "steps", "beam_size", "alpha", "eos_id"))
+def decode(config: T5Config, params: Any, inputs: Array, adapters: Adapters | None = None, *,
+           steps: int, beam_size: int = 1, alpha: float = 0.6, eos_id: int = 1
+           ) -> tuple[Array, Array]:
+    """Encode ``inputs [B, L]`` once and decode up to ``steps`` tokens with each row's adapters.
+
+    Compiles once per shape. ``beam_size=1`` is greedy.
+    Returns: ids [B, S] (EOS kept, 0 after it) and scores [B]: the sum of log-probabilities (greedy)
+      or that sum over the length penalty ``((5 + length) / 6) ** alpha`` (beam).
+    """
+    model, variables = T5(config), {"params": params}
+    encoded = model.apply(variables, inputs, adapters, method="encode")
+    if beam_size > 1:
+        encoded, inputs = (jnp.repeat(x, beam_size, 0) for x in (encoded, inputs))
+    state = model.apply(variables, encoded, inputs, adapters, steps, method="start")
+
+    def step(tokens: Array, state: DecodeState) -> tuple[Array, DecodeState]:
+        return model.apply(variables, tokens, state, adapters, method="step")
+
+    if beam_size == 1:
+        return _greedy(step, state, inputs.shape[0], steps, eos_id)
+    return _beam(step, state, inputs.shape[0] // beam_size, steps, beam_size, alpha, eos_id)
+
+
+def _greedy(step: Any, state: DecodeState, rows: int, steps: int, eos_id: int
+            ) -> tuple[Array, Array]:
+    def body(carry: Any) -> Any:
+        i, ids, tokens, scores, ended, state = carry
+        logits, state = step(tokens, state)
+        tokens = jnp.where(ended, 0, jnp.argmax(logits, -1).astype(ids.dtype))
+        chosen = jnp.max(logits, -1) - jax.nn.logsumexp(logits, -1)
+        scores += jnp.where(ended, 0.0, chosen)
+        ids = jax.lax.dynamic_update_slice(ids, tokens[:, None], (0, i))
+        return i + 1, ids, tokens, scores, ended | (tokens == eos_id), state
+
+    start = (0, jnp.zeros((rows, steps), jnp.int32), jnp.zeros(rows, jnp.int32), jnp.zeros(rows),
+             jnp.zeros(rows, bool), state)
+    end = jax.lax.while_loop(lambda c: (c[0] < steps) & ~jnp.all(c[4]), body, start)
+    return end[1], end[3]
+
+
+def _beam(step: Any, state: DecodeState, rows: int, steps: int, beams: int, alpha: float, eos_id: int
+          ) -> tuple[Array, Array]:
+    """Beam search with a set of live and a set of finished beams, best first in each."""
+
+    def penalty(length: Any) -> Any:
+        return ((5.0 + length) / 6.0) ** alpha
+
+    def pick(x: Array, index: Array) -> Array:  # x [B, K', ...], index [B, K] -> [B, K, ...]
+        return jnp.take_along_axis(x, index.reshape(*index.shape, *(1,) * (x.ndim - 2)), 1)
+
+    def going_on(carry: Any) -> Array:
+        i, _, live_scores, _, done_scores, _, _ = carry
+        best_live = live_scores[:, 0] / penalty(steps + 1)  # the least any live beam can still lose
+        return (i < steps) & ~jnp.all(done_scores[:, -1] > best_live)
+
+    def body(carry: Any) -> Any:
+        i, live, live_scores, done, done_scores, tokens, state = carry
+        logits, state = step(tokens.reshape(-1), state)
+        scores = jax.nn.log_softmax(logits).reshape(rows, beams, -1) + live_scores[..., None]
+        vocab = scores.shape[-1]
+        # 2K candidates: even if K of them end here, K live ones are left.
+        top, flat = jax.lax.top_k(scores.reshape(rows, -1), 2 * beams)
+        parent, token = flat // vocab, (flat % vocab).astype(live.dtype)
+        candidates = pick(live, parent).at[:, :, i].set(token)
+        ends = token == eos_id
+
+        live_scores, keep = jax.lax.top_k(jnp.where(ends, NEVER, top), beams)
+        parent = pick(parent, keep)
+        rows_of = (parent + jnp.arange(rows)[:, None] * beams).reshape(-1)
+        state = state.replace(self_kv=jax.tree.map(lambda x: x[:, rows_of], state.self_kv))
+
+        finished = jnp.where(ends, top / penalty(i + 1), NEVER)
+        done_scores, best = jax.lax.top_k(jnp.concatenate([done_scores, finished], 1), beams)
+        done = pick(jnp.concatenate([done, candidates], 1), best)
+        return (i + 1, pick(candidates, keep), live_scores, done, done_scores, pick(token, keep),
+                state)
+
+    ids = jnp.zeros((rows, beams, steps), jnp.int32)
+    only_first = jnp.tile(jnp.where(jnp.arange(beams) == 0, 0.0, NEVER), (rows, 1))
+    start = (0, ids, only_first, ids, jnp.full((rows, beams), NEVER),
+             jnp.zeros((rows, beams), jnp.int32), state)
+    _, live, live_scores, done, done_scores, _, _ = jax.lax.while_loop(going_on, body, start)
+    any_done = done_scores[:, 0] > NEVER
+    best = jnp.where(any_done[:, None], done[:, 0], live[:, 0])
+    return best, jnp.where(any_done, done_scores[:, 0], live_scores[:, 0])
