@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Installs what the tests need, then runs them on two cores, without those marked `slow`.
+#
+#   bash launch/test.sh [pytest's arguments]      bash launch/test.sh -m ''      (slow ones too)
+set -euo pipefail
+
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
+bash "$root/launch/setup.sh" --extra test
+cd "$root"
+exec .venv/bin/python -m pytest -n 2 -m 'not slow' "$@"

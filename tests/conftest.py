@@ -1,0 +1,53 @@
+"""What every test shares: a CPU of eight devices, a cache of compiled code, the reference data."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import platform
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def _compile_cache() -> Path:
+    """The folder for compiled code, one a kind of processor: XLA's CPU code is made for its own."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    kind = hashlib.sha256(f"{platform.machine()}{platform.processor()}{flags}".encode())
+    return ROOT / ".cache" / "jax" / kind.hexdigest()[:12]
+
+
+# Before the first import of JAX, and in the environment so that subprocesses get it too.
+_defaults = {
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+    "JAX_COMPILATION_CACHE_DIR": str(_compile_cache()),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+    "TF_CPP_MIN_LOG_LEVEL": "2",
+    "MPLBACKEND": "agg",
+}
+if importlib.util.find_spec("filelock"):
+    # With a size limit JAX takes a lock for each access, and our workers share the folder.
+    _defaults["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2 * 2**30)
+for _name, _value in _defaults.items():
+    os.environ.setdefault(_name, _value)
+
+
+@pytest.fixture(scope="session")
+def repo_root() -> Path:
+    """The root of the repository that these tests lie in."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """Reference data outside the repository: HYPER_T5_SHARED, or `shared` beside the root."""
+    folder = Path(os.environ.get("HYPER_T5_SHARED") or ROOT.parent / "shared")
+    if not folder.is_dir():
+        pytest.skip(f"no reference data at {folder}; set HYPER_T5_SHARED to its folder")
+    return folder
