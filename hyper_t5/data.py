@@ -1,0 +1,175 @@
+"""From the config's mixture or text to a stream of training batches.
+
+Batch s is a function of (seed, s) and nothing else: see `episodes.EpisodeSampler` and
+`text.TextSampler`. SeqIO (and with it TensorFlow) is imported by `load_tasks` and `make_sampler`,
+not by importing this module.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import queue
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, Protocol
+
+from hyper_t5.episodes import Batch, EpisodeSampler, EvalTask, eval_episodes
+from hyper_t5.errors import UserError
+from hyper_t5.taskfile import Row, TaskRows, format_conditioning
+from hyper_t5.text import TextSampler
+from hyper_t5.vocab import Vocabulary, load_vocab
+
+__all__ = [
+    "MIXTURES",
+    "Batch",
+    "EpisodeSampler",
+    "EvalTask",
+    "Row",
+    "Sampler",
+    "TaskRows",
+    "TextSampler",
+    "eval_episodes",
+    "format_conditioning",
+    "load_tasks",
+    "make_sampler",
+    "mixture_vocab",
+    "prefetch",
+    "train_batches",
+]
+
+# data.mixture -> the module of SeqIO Tasks that knows it. Such a module has
+# `register(data_config, split, vocab) -> name of a seqio.Mixture`, every Task's source has
+# `task_rows() -> TaskRows`. A mixture with a vocabulary of its own has its path as VOCAB_FILE.
+# A new dataset is one file in tasks/ and one line here.
+MIXTURES = {
+    "synthetic": "hyper_t5.tasks.synthetic",
+    "sni": "hyper_t5.tasks.super_ni",
+}
+
+
+class Sampler(Protocol):
+    """A source of training batches: `EpisodeSampler` or `text.TextSampler`."""
+
+    stats: Counter[str]
+
+    def batch(self, step: int) -> Batch:
+        """The global batch of a step."""
+        ...
+
+
+# ----------------------------------------------------------------------- tasks, through SeqIO
+
+
+def mixture_vocab(data_config: Any) -> Vocabulary:
+    """The vocabulary that `data.vocab` names; '' is the embedded suite's own.
+
+    Raises:
+        UserError: '' for any other mixture or text, or a missing or damaged file.
+    """
+    spec = data_config.vocab
+    if not spec and data_config.mixture == "synthetic" and data_config.text in ("", "synthetic"):
+        spec = str(importlib.import_module(MIXTURES["synthetic"]).VOCAB_FILE)
+    return load_vocab(spec, extra_ids=data_config.extra_ids)
+
+
+def load_tasks(mixture: str, data_config: Any, split: str, vocab: Vocabulary) -> list[TaskRows]:
+    """All tasks of one split in memory, ordered by name, with their mixture rates.
+
+    Args:
+        mixture: a key of MIXTURES.
+        data_config: `config.data`.
+        split: 'train', 'test', or another that the mixture has.
+        vocab: of the SeqIO Tasks' features; the returned rows are text.
+
+    Raises:
+        UserError: unknown mixture or split, or bad data; names file and field.
+    """
+    if mixture not in MIXTURES:
+        near = difflib.get_close_matches(mixture, MIXTURES, 1, 0.0)[0]
+        raise UserError(
+            f"data.mixture={mixture!r} is unknown; known are {', '.join(sorted(MIXTURES))} "
+            f"(nearest: {near})"
+        )
+    name = importlib.import_module(MIXTURES[mixture]).register(data_config, split, vocab)
+    import seqio
+
+    found: Any = seqio.get_mixture_or_task(name)
+    tasks = []
+    for task in found.tasks:
+        # The rows as they are, and not task.get_dataset(): see tasks/super_ni.py, SniSource.
+        tasks.append(replace(task.source.task_rows(), rate=float(found.get_rate(task))))
+    skipped: Counter[str] = Counter()
+    for rows in tasks:
+        skipped.update(rows.skipped)
+    for field, count in sorted(skipped.items()):
+        print(f"{name}: {count} bad rows of {field} skipped (data.on_bad_row='skip')")
+    return tasks
+
+
+# ------------------------------------------------------------------------ streams of batches
+
+
+def make_sampler(config: Any, vocab: Vocabulary, concat: bool = False) -> Sampler:
+    """The sampler of `config.stage`, over `data.mixture` or `data.text`."""
+    if config.stage == "hyperpretrain":
+        chunks = importlib.import_module("hyper_t5.tasks.text").open_chunks(
+            config.data, vocab, config.seed
+        )
+        return TextSampler(chunks, config.data, config.seed, concat)
+    tasks = load_tasks(config.data.mixture, config.data, "train", vocab)
+    return EpisodeSampler(tasks, vocab, config.data, config.seed, concat)
+
+
+def train_batches(sampler: Sampler, start_step: int = 0, ahead: int = 2) -> Iterator[Batch]:
+    """Batches start_step, start_step + 1, ... without end, made `ahead` of their use."""
+
+    def endless() -> Iterator[Batch]:
+        step = start_step
+        while True:
+            yield sampler.batch(step)
+            step += 1
+
+    return prefetch(endless(), ahead)
+
+
+def prefetch(items: Iterator[Any], ahead: int = 2) -> Iterator[Any]:
+    """The same items, made by a background thread; its exception is raised here.
+
+    Closing the iterator (or dropping it) stops the thread.
+    """
+    ready: queue.Queue[tuple[str, Any]] = queue.Queue(max(1, ahead))
+    stop = threading.Event()
+
+    def put(kind: str, value: Any) -> bool:
+        while not stop.is_set():
+            try:
+                ready.put((kind, value), timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work() -> None:
+        try:
+            for item in items:
+                if not put("item", item):
+                    return
+            put("end", None)
+        except BaseException as error:  # raised again where the item was wanted
+            put("error", error)
+
+    thread = threading.Thread(target=work, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        while True:
+            kind, value = ready.get()
+            if kind == "end":
+                return
+            if kind == "error":
+                raise value
+            yield value
+    finally:
+        stop.set()

@@ -1,0 +1,316 @@
+"""Task files -> plain Python rows, and rows -> the text a hypermodel reads. No TensorFlow here.
+
+Two forms of task file: Super-NaturalInstructions' official JSON (Wang et al. 2022,
+https://github.com/allenai/natural-instructions, "Definition", "Positive Examples", "Instances"),
+and the short `{"instruction": ..., "examples": [{"input": ..., "output": ...}]}`.
+
+The conditioning text, the same for training, evaluation and `adapt`:
+
+    {instruction}
+    Input: {input of example 1}
+    Output: {output of example 1}
+    Input: ...
+
+The labels are those of the published instruction-tuned T5s; nothing else is added, because with a
+byte vocabulary every label costs length. The instruction and each example are encoded on their own
+and joined as ids, so that an example can be dropped whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from hyper_t5.errors import UserError
+from hyper_t5.vocab import EOS_ID, Vocabulary
+
+INPUT_LABEL = "\nInput: "
+OUTPUT_LABEL = "\nOutput: "
+
+OnBadRow = Literal["raise", "skip"]
+OnLong = Literal["raise", "truncate"]
+Example = tuple[str, str]  # input, output
+
+
+@dataclass(frozen=True)
+class Row:
+    """One instance: the backbone's input and every accepted output (one or more)."""
+
+    id: str
+    input: str
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TaskRows:
+    """One task in memory. `rate` is its weight in a mixture; `skipped` counts bad rows by field."""
+
+    name: str
+    instructions: tuple[str, ...]  # alternative wordings; most tasks have one
+    examples: tuple[Example, ...]  # the pool that shown examples come from
+    rows: tuple[Row, ...]
+    category: str = ""
+    rate: float = 1.0
+    skipped: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    @property
+    def instruction(self) -> str:
+        """The first wording, which evaluation uses."""
+        return self.instructions[0]
+
+
+# ---------------------------------------------------------------------------- reading JSON
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """A file's one JSON object.
+
+    Raises:
+        UserError: unreadable, not UTF-8, not JSON (names the line), or not an object.
+    """
+    try:
+        raw = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the task file ({error.strerror})") from None
+    try:
+        value = json.loads(raw.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}, line {line}: not UTF-8; save the file as UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path}, line {error.lineno}: not valid JSON ({error.msg}); is the file complete?"
+        ) from None
+    except RecursionError:
+        raise UserError(f"{path}: JSON nested too deeply for a task file") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: a task file is one JSON object, this is {_kind(value)}")
+    return value
+
+
+def read_sni_task(path: str | Path, on_bad_row: OnBadRow = "raise", max_rows: int = 0) -> TaskRows:
+    """A Super-NaturalInstructions task from its official JSON file. See `parse_sni_task`."""
+    return parse_sni_task(read_json(path), Path(path).stem, str(path), on_bad_row, max_rows)
+
+
+def parse_sni_task(
+    raw: Mapping[str, Any],
+    name: str,
+    where: str = "",
+    on_bad_row: OnBadRow = "raise",
+    max_rows: int = 0,
+) -> TaskRows:
+    """A Super-NaturalInstructions task from the parsed JSON.
+
+    Args:
+        raw: the JSON object.
+        name: the task's name.
+        where: what errors call the source; the name by default.
+        on_bad_row: 'skip' leaves bad examples and instances out and counts them; a file that is
+            wrong as a whole (no Definition, no Instances) raises either way.
+        max_rows: keep the first so many instances; 0 keeps all.
+
+    Raises:
+        UserError: names file, field and what was found.
+    """
+    where = where or name
+    skipped: Counter[str] = Counter()
+    instructions = _definition(raw, where)
+    examples = _examples(raw, "Positive Examples", where, on_bad_row, skipped)
+    checked = _rows(raw, "Instances", where, name, on_bad_row, skipped)
+    rows = tuple(itertools.islice(checked, max_rows or None))
+    if not rows:
+        raise UserError(f"{where}: field Instances holds no usable row; a task needs at least one")
+    categories = raw.get("Categories")
+    category = str(categories[0]) if isinstance(categories, list) and categories else ""
+    return TaskRows(name, instructions, examples, rows, category, skipped=dict(skipped))
+
+
+def read_task_file(path: str | Path) -> tuple[str, list[Example]]:
+    """Instruction and examples of a task file in either form, as `adapt` needs them.
+
+    An SNI file may lack Instances here, but what it has is checked.
+
+    Returns:
+        The instruction ('' when the short form has none) and the (input, output) examples.
+
+    Raises:
+        UserError: names file and field; also when there is neither instruction nor example.
+    """
+    raw, where = read_json(path), str(path)
+    if "Definition" in raw or "Positive Examples" in raw or "Instances" in raw:
+        if "Instances" in raw:
+            task = parse_sni_task(raw, Path(path).stem, where)
+            return task.instruction, list(task.examples)
+        examples = _examples(raw, "Positive Examples", where, "raise", Counter())
+        return _definition(raw, where)[0], list(examples)
+    if "instruction" not in raw and "examples" not in raw:
+        raise UserError(
+            f"{where}: has neither Definition (Super-NaturalInstructions) nor instruction/examples"
+        )
+    instruction = raw.get("instruction", "")
+    if not isinstance(instruction, str):
+        raise UserError(f"{where}: field instruction must be text, this is {_kind(instruction)}")
+    examples = _examples(raw, "examples", where, "raise", Counter())
+    if not instruction.strip() and not examples:
+        raise UserError(f"{where}: fields instruction and examples are both empty; give one")
+    return instruction.strip(), list(examples)
+
+
+def _definition(raw: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    if "Definition" not in raw:
+        raise UserError(f"{where}: field Definition is missing; it holds the task's instruction")
+    value = raw["Definition"]
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise UserError(f"{where}: field Definition must be text or a list of texts")
+    kept = tuple(text.strip() for text in texts if text.strip())
+    if not kept:
+        raise UserError(f"{where}: field Definition is empty")
+    return kept
+
+
+def _examples(
+    raw: Mapping[str, Any],
+    field: str,
+    where: str,
+    on_bad_row: OnBadRow,
+    skipped: Counter[str],
+) -> tuple[Example, ...]:
+    if field not in raw:
+        return ()
+    rows = _rows(raw, field, where, "", on_bad_row, skipped)
+    return tuple((row.input, row.outputs[0]) for row in rows)
+
+
+def _rows(
+    raw: Mapping[str, Any],
+    field: str,
+    where: str,
+    name: str,
+    on_bad_row: OnBadRow,
+    skipped: Counter[str],
+) -> Iterator[Row]:
+    """The rows of a list field; a bad one raises, or is left out and counted under the field."""
+    if field not in raw:
+        raise UserError(f"{where}: field {field} is missing")
+    if not isinstance(raw[field], list):
+        raise UserError(f"{where}: field {field} must be a list, this is {_kind(raw[field])}")
+    for index, value in enumerate(raw[field]):
+        try:
+            yield _row(value, f"{name}-{index}", f"{where}: {field}[{index}]")
+        except UserError:
+            if on_bad_row == "raise":
+                raise
+            skipped[field] += 1
+
+
+def _row(value: Any, default_id: str, at: str) -> Row:
+    """One checked row. An empty output is legal (the official data has six), a missing one not."""
+    if not isinstance(value, dict):
+        raise UserError(f"{at} must be an object with input and output, this is {_kind(value)}")
+    for key in ("input", "output"):
+        if key not in value:
+            raise UserError(f"{at} lacks field {key}")
+    text, outputs = value["input"], value["output"]
+    if not isinstance(text, str):
+        raise UserError(f"{at}: field input must be text, this is {_kind(text)}")
+    outputs = [outputs] if isinstance(outputs, str) else outputs
+    if not isinstance(outputs, list) or not all(isinstance(text, str) for text in outputs):
+        raise UserError(f"{at}: field output must be text or a list of texts")
+    if not outputs:
+        raise UserError(f"{at}: field output is an empty list; it needs at least one reference")
+    return Row(str(value.get("id") or default_id), text, tuple(outputs))
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "text", type(None): "null", bool: "a boolean"}
+    return names.get(type(value), "a number")
+
+
+# ------------------------------------------------------------------- the conditioning text
+
+
+class Conditioning(NamedTuple):
+    """`ids` [<= max_len] int32 ending in EOS, how many examples went, and whether text was cut."""
+
+    ids: np.ndarray
+    dropped: int
+    truncated: bool
+
+
+def example_text(example: Example) -> str:
+    """How one shown example is written."""
+    return f"{INPUT_LABEL}{example[0].strip()}{OUTPUT_LABEL}{example[1].strip()}"
+
+
+def text_key(text: str) -> str:
+    """Two inputs with equal keys are the same input, however they are spaced."""
+    return " ".join(text.split())
+
+
+def join_conditioning(
+    instruction: Sequence[int] | np.ndarray,
+    examples: Sequence[Sequence[int] | np.ndarray],
+    max_len: int,
+    on_long: OnLong = "raise",
+    where: str = "the task",
+) -> Conditioning:
+    """Joins encoded instruction and examples, dropping whole examples, last first, to fit.
+
+    Args:
+        instruction: ids without EOS; empty when no instruction is shown.
+        examples: ids of each `example_text`, in order.
+        max_len: the most ids there may be, EOS included.
+        on_long: what to do when the instruction alone (or, without one, the first example alone)
+            does not fit: raise, or cut it.
+        where: what errors call the task: its name or file.
+
+    Raises:
+        UserError: nothing to condition on, or over-long and `on_long` is 'raise'.
+    """
+    room = max_len - 1 - len(instruction)
+    kept = 0
+    for ids in examples:
+        room -= len(ids)
+        if room < 0:
+            break
+        kept += 1
+    parts = [instruction, *examples[:kept]]
+    truncated = False
+    if not len(instruction) and not kept:
+        if not examples:
+            raise UserError(f"{where}: neither instruction nor example to condition on")
+        parts, kept, truncated = [examples[0]], 1, True
+    truncated = truncated or len(instruction) > max_len - 1
+    if truncated and on_long == "raise":
+        what = "instruction" if len(instruction) else "first example"
+        raise UserError(
+            f"{where}: the {what} alone is {len(parts[0])} tokens and EOS, and the conditioning "
+            f"holds {max_len}; shorten it, raise data.hyper_length, or cut it in training with "
+            "data.on_long_instruction='truncate'"
+        )
+    ids = np.concatenate([np.asarray(part, np.int32) for part in parts])[: max_len - 1]
+    return Conditioning(np.append(ids, np.int32(EOS_ID)), len(examples) - kept, truncated)
+
+
+def format_conditioning(
+    instruction: str,
+    examples: Sequence[Example],
+    vocab: Vocabulary,
+    max_len: int,
+    on_long: OnLong = "raise",
+    where: str = "the task",
+) -> tuple[np.ndarray, int]:
+    """`join_conditioning` of texts: ([<= max_len] int32 ids ending in EOS, examples dropped)."""
+    ids = vocab.encode(instruction.strip())
+    shown = [vocab.encode(example_text(example)) for example in examples]
+    return join_conditioning(ids, shown, max_len, on_long, where)[:2]

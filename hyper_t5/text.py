@@ -1,0 +1,442 @@
+"""Plain text -> chunks of tokens -> CACLM batches. No TensorFlow here.
+
+CACLM (context-augmented conditional language modelling, Phang et al., HyperTuning, ICML 2023): a
+chunk of text is cut in four contiguous segments A B C D; the hypermodel reads A and D, the backbone
+reads B and predicts C.
+
+The text is tokenised once into a flat array on disk, so that any chunk is one slice away and batch
+s is a function of (seed, s).
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import lzma
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import numpy as np
+
+from hyper_t5.errors import UserError
+from hyper_t5.taskfile import OnBadRow
+from hyper_t5.vocab import EOS_ID, Vocabulary
+
+SUFFIXES = (".jsonl", ".jsonl.xz", ".txt")
+MIN_CHUNK = 16  # shorter documents are left out: they cannot make four segments worth reading
+CACHE_VERSION = 1
+DOCUMENTS_AT_ONCE = 256  # handed to the tokeniser's threads together
+
+
+# ------------------------------------------------------------------------------- documents
+
+
+def text_files(spec: str) -> list[Path]:
+    """The files that `data.text` names: a file, a folder (its .jsonl, .jsonl.xz and .txt), a glob.
+
+    Raises:
+        UserError: nothing there, or a file of another kind.
+    """
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        found = sorted(p for p in path.iterdir() if p.name.endswith(SUFFIXES))
+    elif path.is_file():
+        found = [path]
+    else:
+        found = sorted(Path(p) for p in glob.glob(str(path)) if Path(p).is_file())
+    if not found:
+        raise UserError(
+            f"data.text={spec!r}: no such file, or nothing there that ends in {', '.join(SUFFIXES)}"
+        )
+    for file in found:
+        if not file.name.endswith(SUFFIXES):
+            raise UserError(f"{file}: data.text reads {', '.join(SUFFIXES)}, not this kind of file")
+    return found
+
+
+def read_documents(
+    file: str | Path, on_bad_row: OnBadRow = "raise", skipped: Counter[str] | None = None
+) -> Iterator[str]:
+    """Documents of one file: the `text` of each line of a .jsonl[.xz], or a whole .txt.
+
+    Blank lines are passed over. With 'skip', bad lines are counted in `skipped` by kind.
+
+    Raises:
+        UserError: names file, line and field; a truncated .xz raises under 'skip' too.
+    """
+    file = Path(file)
+    if file.name.endswith(".txt"):
+        yield _utf8(_read(file), file, 1)
+        return
+    line = 0
+    try:
+        with _open_lines(file) as lines:
+            for line, raw in enumerate(lines, 1):
+                if not raw.strip():
+                    continue
+                try:
+                    yield _document(raw, file, line)
+                except UserError as error:
+                    if on_bad_row == "raise":
+                        raise
+                    if skipped is not None:
+                        skipped[str(error).rsplit(": ", 1)[-1]] += 1
+    except (EOFError, lzma.LZMAError) as error:
+        raise UserError(f"{file}, after line {line}: damaged or truncated .xz ({error})") from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot read ({error.strerror})") from None
+
+
+def _open_lines(file: Path) -> IO[bytes]:
+    return lzma.open(file, "rb") if file.name.endswith(".xz") else open(file, "rb")
+
+
+def _document(raw: bytes, file: Path, line: int) -> str:
+    try:
+        value = json.loads(_utf8(raw, file, line))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file}, line {line}: not valid JSON ({error.msg})") from None
+    if not isinstance(value, dict) or "text" not in value:
+        raise UserError(f"{file}, line {line}: lacks field text")
+    if not isinstance(value["text"], str):
+        raise UserError(f"{file}, line {line}: field text must be text")
+    return value["text"]
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise UserError(f"{file}: cannot read ({error.strerror})") from None
+
+
+def _utf8(raw: bytes, file: Path, line: int) -> str:
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line += raw.count(b"\n", 0, error.start)
+        raise UserError(f"{file}, line {line}: not UTF-8") from None
+
+
+# ----------------------------------------------------------------------------------- tokens
+
+
+@dataclass(frozen=True)
+class TokenStore:
+    """All documents as one array: document i is tokens[offsets[i]:offsets[i + 1]], EOS last."""
+
+    tokens: np.ndarray  # [n] uint16 or int32, memory-mapped when it comes from the cache
+    offsets: np.ndarray  # [documents + 1] int64
+
+
+def tokenise(
+    documents: Iterable[str], vocab: Vocabulary, out: IO[bytes] | None = None
+) -> TokenStore:
+    """Encodes documents in order; with `out` the tokens are written there and not kept."""
+    dtype = token_dtype(vocab)
+    parts: list[np.ndarray] = []
+    lengths: list[int] = []
+    waiting: list[str] = []
+
+    def flush() -> None:
+        for ids in vocab.encode_batch(waiting):
+            array = np.array([*ids, EOS_ID], dtype)
+            lengths.append(len(array))
+            if out is None:
+                parts.append(array)
+            else:
+                out.write(array.tobytes())
+        waiting.clear()
+
+    for document in documents:
+        waiting.append(document)
+        if len(waiting) == DOCUMENTS_AT_ONCE:
+            flush()
+    flush()
+    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
+    return TokenStore(np.concatenate([np.zeros(0, dtype), *parts]), offsets)
+
+
+def token_dtype(vocab: Vocabulary) -> np.dtype:
+    """The smallest integer type for a vocabulary's ids."""
+    return np.dtype(np.uint16 if vocab.size <= 2**16 else np.int32)
+
+
+def cached_tokens(
+    files: Sequence[Path],
+    vocab: Vocabulary,
+    cache_dir: str | Path = "",
+    on_bad_row: OnBadRow = "raise",
+) -> TokenStore:
+    """Tokens of files, from a cache keyed by the files' bytes, the vocabulary and `on_bad_row`.
+
+    A new entry is written beside its place and moved there whole, so a killed run leaves no half
+    entry and two runs may do it at once. Where nothing can be written the tokens stay in memory.
+
+    Args:
+        files: as `text_files` gives them.
+        vocab: the vocabulary.
+        cache_dir: '' is $XDG_CACHE_HOME/hyper_t5, or ~/.cache/hyper_t5.
+        on_bad_row: as `read_documents`.
+    """
+    entry = _cache_root(cache_dir) / f"tokens-{_cache_key(files, vocab, on_bad_row)}"
+    store = _load_cache(entry, vocab)
+    if store is not None:
+        return store
+    size = sum(file.stat().st_size for file in files)
+    print(
+        f"tokenising {len(files)} file(s), {size / 1e6:.1f} MB, once; kept in {entry}", flush=True
+    )
+    skipped: Counter[str] = Counter()
+    documents = (d for file in files for d in read_documents(file, on_bad_row, skipped))
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=f"{entry.name}.", dir=entry.parent))
+    except OSError as error:
+        print(f"{entry.parent}: cannot be written ({error.strerror}), so the tokens are not kept")
+        return tokenise(documents, vocab)
+    try:
+        with open(part / "tokens.bin", "wb") as out:
+            offsets = tokenise(documents, vocab, out).offsets
+        np.save(part / "offsets.npy", offsets)
+        if not entry.exists():
+            os.replace(part, entry)
+    except OSError as error:
+        print(f"{entry.parent}: cannot be written ({error.strerror}), so the tokens are not kept")
+        again = (d for file in files for d in read_documents(file, on_bad_row))
+        return tokenise(again, vocab)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    for kind, count in sorted(skipped.items()):
+        print(f"data.text: {count} bad rows skipped (data.on_bad_row='skip'): {kind}")
+    store = _load_cache(entry, vocab)
+    assert store is not None, f"{entry} was just written"
+    return store
+
+
+def _cache_root(cache_dir: str | Path) -> Path:
+    if cache_dir:
+        return Path(cache_dir).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "hyper_t5"
+
+
+def _cache_key(files: Sequence[Path], vocab: Vocabulary, on_bad_row: OnBadRow) -> str:
+    digest = hashlib.sha256()
+    identity = {key: value for key, value in vocab.identity().items() if key != "file"}
+    digest.update(json.dumps([CACHE_VERSION, identity, on_bad_row], sort_keys=True).encode())
+    for file in files:
+        try:
+            with open(file, "rb") as raw:
+                digest.update(hashlib.file_digest(raw, "sha256").digest())
+        except OSError as error:
+            raise UserError(f"{file}: cannot read ({error.strerror})") from None
+        digest.update(file.suffix.encode())
+    return digest.hexdigest()[:32]
+
+
+def _load_cache(entry: Path, vocab: Vocabulary) -> TokenStore | None:
+    """The cache entry, or None when it is absent or damaged (a damaged one is removed)."""
+    try:
+        offsets = np.load(entry / "offsets.npy")
+        dtype = token_dtype(vocab)
+        if (entry / "tokens.bin").stat().st_size != offsets[-1] * dtype.itemsize:
+            raise ValueError("tokens.bin has another length than offsets.npy says")
+        if not offsets[-1]:
+            return TokenStore(np.zeros(0, dtype), offsets)
+        return TokenStore(np.memmap(entry / "tokens.bin", dtype, "r"), offsets)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, EOFError) as error:
+        print(f"{entry}: damaged ({error}), made anew")
+    shutil.rmtree(entry, ignore_errors=True)
+    return None
+
+
+# ----------------------------------------------------------------------------------- chunks
+
+
+class ChunkSource(Protocol):
+    """Chunks of text in an endless, random, repeatable order."""
+
+    def chunks(self, first: int, count: int) -> list[np.ndarray]:
+        """Draws first, ..., first + count - 1, each 1-D int32 without EOS at its end."""
+        ...
+
+
+class StoredChunks:
+    """Chunks of a TokenStore; every epoch goes through all of them in another order.
+
+    A chunk never leaves its document, so that A and D are always about the same text as B and C.
+    A document of n tokens is cut at multiples of the length; its last chunk ends where the document
+    does and so may overlap the one before. Shorter documents are one shorter chunk.
+
+    Raises:
+        UserError: no document has MIN_CHUNK tokens.
+    """
+
+    def __init__(self, store: TokenStore, length: int, seed: int, where: str = "data.text") -> None:
+        self._tokens = store.tokens
+        self._length = length
+        self._seed = seed % 2**63
+        self._starts, self._ends = _cut_documents(store.offsets, length)
+        self._order: tuple[int, np.ndarray] = (-1, self._starts)
+        if not len(self._starts):
+            raise UserError(
+                f"{where}: no document has {MIN_CHUNK} tokens; there is nothing to train on"
+            )
+
+    def __len__(self) -> int:
+        """Chunks in an epoch."""
+        return len(self._starts)
+
+    def chunks(self, first: int, count: int) -> list[np.ndarray]:
+        """Draws first, ..., first + count - 1 (see ChunkSource)."""
+        found = []
+        for index in range(first, first + count):
+            epoch, place = divmod(index, len(self))
+            if self._order[0] != epoch:
+                rng = np.random.default_rng([self._seed, 1, epoch])
+                self._order = (epoch, rng.permutation(len(self)))
+            which = self._order[1][place]
+            part = self._tokens[self._starts[which] : self._ends[which]]
+            found.append(np.asarray(part, np.int32))
+        return found
+
+
+def _cut_documents(offsets: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+    starts: list[int] = []
+    ends: list[int] = []
+    for begin, end in zip(offsets[:-1].tolist(), (offsets[1:] - 1).tolist(), strict=True):
+        if end - begin < min(MIN_CHUNK, length):
+            continue
+        cuts = list(range(begin, end - length + 1, length)) or [begin]
+        # A remainder of an eighth or less would be a chunk nearly all seen already.
+        if end - cuts[-1] > length + length // 8:
+            cuts.append(end - length)
+        starts += cuts
+        ends += [min(cut + length, end) for cut in cuts]
+    return np.array(starts, np.int64), np.array(ends, np.int64)
+
+
+# ------------------------------------------------------------------------------------ CACLM
+
+
+@dataclass(frozen=True)
+class SegmentRule:
+    """How long the segments of a chunk of n tokens may be.
+
+    B is 1 to `b_share * n` tokens, uniformly, and C half of `c_share * n` to all of it (short
+    targets would waste the decoder), both within `b_most` and `c_most`; A and D share the rest at a
+    uniform cut and are together at most `ad_most`, for which B and C are made longer if need be.
+    The paper's own rule is not published; HINT's re-implementation draws three uniform cuts.
+    """
+
+    b_share: float
+    c_share: float
+    b_most: int
+    c_most: int
+    ad_most: int
+
+    @staticmethod
+    def of(data_config: Any) -> SegmentRule:
+        """The rule of `data.segment_shares` and the lengths.
+
+        Raises:
+            UserError: a chunk of `data.chunk_length` cannot fit, or shares outside (0, 1).
+        """
+        c = data_config
+        b_share, c_share = c.get("segment_shares", (0.25, 0.25))
+        if not (b_share > 0 and c_share > 0 and b_share + c_share < 1):
+            raise UserError(
+                f"data.segment_shares=({b_share}, {c_share}) are B's and C's largest shares of a "
+                "chunk: both above 0, together under 1"
+            )
+        rule = SegmentRule(
+            b_share, c_share, c.input_length - 1, c.target_length - 1, c.hyper_length - 2
+        )
+        n = c.chunk_length
+        b_most, c_most = rule.most(n)
+        if n < MIN_CHUNK or min(rule.b_most, rule.c_most) < 1 or n - b_most - c_most > rule.ad_most:
+            raise UserError(
+                f"data.chunk_length={n} does not fit: B holds {b_most}, C {c_most} and A and D "
+                f"{rule.ad_most} tokens (data.input_length, data.target_length, data.hyper_length, "
+                f"data.segment_shares), and a chunk needs {MIN_CHUNK}"
+            )
+        return rule
+
+    def most(self, n: int) -> tuple[int, int]:
+        """The longest B and C of a chunk of n tokens."""
+        return (
+            min(self.b_most, max(1, int(self.b_share * n))),
+            min(self.c_most, max(1, int(self.c_share * n))),
+        )
+
+
+def caclm_split(
+    chunk: np.ndarray, rng: np.random.Generator, rule: SegmentRule
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Cuts a chunk of at least 4 tokens in A, B, C, D: contiguous, none empty, nothing lost."""
+    n = len(chunk)
+    b_most, c_most = rule.most(n)
+    need = n - rule.ad_most  # B and C together must leave no more than A and D hold
+    b = int(rng.integers(max(1, need - c_most), b_most + 1))
+    c = int(rng.integers(max(1, (c_most + 1) // 2, need - b), c_most + 1))
+    a = int(rng.integers(1, n - b - c))
+    first, second, third = a, a + b, a + b + c
+    return chunk[:first], chunk[first:second], chunk[second:third], chunk[third:]
+
+
+class TextSampler:
+    """Hyperpretraining batches: T chunks, each an episode with G = 1.
+
+    hyper_inputs = A EOS D EOS, inputs = B EOS, targets = C EOS. With `concat`, for a backbone that
+    is trained to read it all itself: hyper_inputs = EOS alone and inputs = A EOS D EOS B EOS, the
+    other layout's two parts one after the other, which is the order that episodes have too.
+
+    `stats` counts chunks and tokens.
+
+    Raises:
+        UserError: as `SegmentRule.of`.
+    """
+
+    def __init__(
+        self, chunks: ChunkSource, data_config: Any, seed: int, concat: bool = False
+    ) -> None:
+        self.stats: Counter[str] = Counter()
+        self._chunks = chunks
+        self._config = data_config
+        self._seed = seed % 2**63
+        self._concat = concat
+        self._rule = SegmentRule.of(data_config)
+
+    def batch(self, step: int) -> dict[str, np.ndarray]:
+        """Batch `step`: hyper_inputs [T, Lh], inputs [T, 1, Li], targets [T, 1, Lt], int32.
+
+        With `concat`, hyper_inputs are [T, 1] and inputs [T, 1, Lh + Li].
+        """
+        c = self._config
+        count = c.tasks_per_batch
+        hyper = np.zeros((count, 1 if self._concat else c.hyper_length), np.int32)
+        wide = c.input_length + (c.hyper_length if self._concat else 0)
+        inputs = np.zeros((count, 1, wide), np.int32)
+        targets = np.zeros((count, 1, c.target_length), np.int32)
+        for slot, chunk in enumerate(self._chunks.chunks(step * count, count)):
+            rng = np.random.default_rng([self._seed, 2, step, slot])
+            a, b, c_part, d = caclm_split(chunk, rng, self._rule)
+            context = np.concatenate([a, [EOS_ID], d, [EOS_ID]])
+            read = np.append(b, EOS_ID)
+            if self._concat:
+                context, read = np.array([EOS_ID]), np.concatenate([context, read])
+            hyper[slot, : len(context)] = context
+            inputs[slot, 0, : len(read)] = read
+            targets[slot, 0, : len(c_part) + 1] = np.append(c_part, EOS_ID)
+            self.stats["tokens"] += len(chunk)
+        self.stats["chunks"] += count
+        return {"hyper_inputs": hyper, "inputs": inputs, "targets": targets}

@@ -1,0 +1,766 @@
+"""Rows, episodes, chunks: nothing shown is asked, no cut is silent, any batch at any time."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import lzma
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from hyper_t5 import data, text
+from hyper_t5.errors import UserError
+from hyper_t5.taskfile import (
+    Row,
+    TaskRows,
+    example_text,
+    format_conditioning,
+    read_sni_task,
+    read_task_file,
+)
+from hyper_t5.vocab import EOS_ID, ByteVocabulary, load_vocab
+
+BYTES = ByteVocabulary()
+
+
+def make_config(**fields: Any) -> ConfigDict:
+    config = ConfigDict(
+        {
+            "stage": "mtf",
+            "seed": 3,
+            "data": {
+                "mixture": "sni",
+                "sni_dir": "",
+                "text": "",
+                "vocab": "bytes",
+                "extra_ids": 0,
+                "cache_dir": "",
+                "hyper_length": 160,
+                "input_length": 24,
+                "target_length": 12,
+                "tasks_per_batch": 3,
+                "examples_per_task": 4,
+                "shots": (0, 2),
+                "use_instruction": True,
+                "on_bad_row": "raise",
+                "on_missing_task": "raise",
+                "on_long_instruction": "raise",
+                "chunk_length": 64,
+                "segment_shares": (0.25, 0.25),
+                "max_instances_per_task": 0,
+            },
+            "eval": {"max_rows_per_task": 5, "shots": 2},
+        }
+    )
+    config.data.update(fields)
+    return config
+
+
+def sni_object(name: str, rows: int = 8, examples: int = 3) -> dict[str, Any]:
+    return {
+        "Definition": [f"Definition of {name}."],
+        "Categories": [f"Kind of {name}"],
+        "Positive Examples": [
+            {"input": f"{name} shown {i}", "output": f"s{i}", "explanation": ""}
+            for i in range(examples)
+        ],
+        "Instances": [
+            {"id": f"{name}-row-{i}", "input": f"{name} row {i}", "output": [f"a{i}", f"b{i}"]}
+            for i in range(rows)
+        ],
+    }
+
+
+@pytest.fixture
+def sni_dir(tmp_path: Path) -> Path:
+    """An official-looking folder with three training tasks and one test task."""
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "splits" / "default").mkdir(parents=True)
+    for split, names in {"train": ["task1_a", "task2_b-c", "task3_d"], "test": ["task4_e"]}.items():
+        for name in names:
+            (tmp_path / "tasks" / f"{name}.json").write_text(json.dumps(sni_object(name), indent=1))
+        listing = tmp_path / "splits" / "default" / f"{split}_tasks.txt"
+        listing.write_text("\n".join(names) + "\n")
+    return tmp_path
+
+
+def rows_of(name: str, rows: int = 8, examples: int = 3, **fields: Any) -> TaskRows:
+    raw = sni_object(name, rows, examples)
+    return TaskRows(
+        name,
+        fields.pop("instructions", tuple(raw["Definition"])),
+        tuple((e["input"], e["output"]) for e in raw["Positive Examples"]),
+        tuple(Row(r["id"], r["input"], tuple(r["output"])) for r in raw["Instances"]),
+        **fields,
+    )
+
+
+def sampler(tasks: list[TaskRows], seed: int = 0, concat: bool = False, **fields: Any) -> Any:
+    return data.EpisodeSampler(tasks, BYTES, make_config(**fields).data, seed, concat)
+
+
+# ---------------------------------------------------------------------------- task files
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.pop("Definition"), "field Definition is missing"),
+        (lambda d: d.update(Definition=[" "]), "field Definition is empty"),
+        (lambda d: d.update(Definition=3), "field Definition must be text"),
+        (lambda d: d.pop("Instances"), "field Instances is missing"),
+        (lambda d: d.update(Instances=[]), "Instances holds no usable row"),
+        (lambda d: d.update(Instances={}), "Instances must be a list, this is an object"),
+        (lambda d: d["Instances"][2].pop("output"), r"Instances\[2\] lacks field output"),
+        (lambda d: d["Instances"][2].pop("input"), r"Instances\[2\] lacks field input"),
+        (
+            lambda d: d["Instances"][2].update(output=[]),
+            r"Instances\[2\]: field output is an empty",
+        ),
+        (lambda d: d["Instances"][2].update(output=[1]), r"Instances\[2\]: field output must be"),
+        (lambda d: d["Instances"][2].update(input=None), r"\[2\]: field input must be .* null"),
+        (lambda d: d["Instances"].append("x"), r"Instances\[8\] must be an object .* is text"),
+        (lambda d: d["Positive Examples"][1].pop("output"), r"Positive Examples\[1\] lacks field"),
+    ],
+)
+def test_bad_task_files_name_file_and_field(change: Any, message: str, tmp_path: Path) -> None:
+    raw = sni_object("t")
+    change(raw)
+    path = tmp_path / "task9_bad.json"
+    path.write_text(json.dumps(raw))
+    with pytest.raises(UserError, match=rf"task9_bad\.json: .*{message}") as error:
+        read_sni_task(path)
+    assert "\n" not in str(error.value)
+
+
+def test_broken_files_name_the_line(tmp_path: Path) -> None:
+    path = tmp_path / "task.json"
+    whole = json.dumps(sni_object("t"), indent=1)
+    path.write_text(whole[: whole.index("row 3")])
+    last = whole[: whole.index("row 3")].count("\n") + 1
+    with pytest.raises(UserError, match=rf"task\.json, line {last}: not valid JSON"):
+        read_sni_task(path)
+    path.write_bytes(whole.encode().replace(b"row 3", b"row \xff"))
+    with pytest.raises(UserError, match=rf"task\.json, line {last}: not UTF-8"):
+        read_task_file(path)
+    path.write_text("[1]")
+    with pytest.raises(UserError, match="one JSON object, this is a list"):
+        read_sni_task(path)
+    with pytest.raises(UserError, match=r"none\.json: cannot read"):
+        read_task_file(tmp_path / "none.json")
+
+
+def test_skipped_rows_are_counted(tmp_path: Path) -> None:
+    raw = sni_object("t")
+    del raw["Instances"][0]["output"]
+    raw["Instances"][5]["input"] = 4
+    raw["Positive Examples"][0] = None
+    path = tmp_path / "task.json"
+    path.write_text(json.dumps(raw))
+    task = read_sni_task(path, on_bad_row="skip")
+    assert (len(task.rows), len(task.examples)) == (6, 2)
+    assert task.skipped == {"Instances": 2, "Positive Examples": 1}
+    assert task.category == "Kind of t"
+
+
+def test_task_file_in_both_forms(tmp_path: Path) -> None:
+    path = tmp_path / "task.json"
+    raw = sni_object("t", examples=1)
+    for instances in (raw["Instances"], None):
+        if instances is None:
+            del raw["Instances"]
+        path.write_text(json.dumps(raw))
+        assert read_task_file(path) == ("Definition of t.", [("t shown 0", "s0")])
+    path.write_text(
+        json.dumps({"instruction": " Do. ", "examples": [{"input": "x", "output": "y"}]})
+    )
+    assert read_task_file(path) == ("Do.", [("x", "y")])
+    path.write_text(json.dumps({"examples": [{"input": "x", "output": "y"}]}))
+    assert read_task_file(path) == ("", [("x", "y")])
+    for bad, message in [
+        ({"instruction": "", "examples": []}, "both empty"),
+        ({"prompt": "x"}, "neither Definition"),
+        ({"instruction": 3}, "instruction must be text"),
+        ({"instruction": "x", "examples": [{"input": "y"}]}, r"examples\[0\] lacks field output"),
+    ]:
+        path.write_text(json.dumps(bad))
+        with pytest.raises(UserError, match=message):
+            read_task_file(path)
+
+
+# ------------------------------------------------------------------------- conditioning
+
+
+def test_conditioning_drops_whole_examples_last_first() -> None:
+    examples = [("one", "1"), ("two", "2"), ("three", "3")]
+    whole, dropped = format_conditioning("Count.", examples, BYTES, 1000)
+    assert dropped == 0
+    assert BYTES.decode(whole) == "Count." + "".join(map(example_text, examples))
+    assert whole[-1] == EOS_ID
+    for length in range(len(whole), 6, -1):
+        ids, dropped = format_conditioning("Count.", examples, BYTES, length)
+        assert len(ids) <= length
+        assert BYTES.decode(ids) == "Count." + "".join(map(example_text, examples[: 3 - dropped]))
+        one_more = examples[: 4 - dropped]
+        if dropped:
+            assert len(format_conditioning("Count.", one_more, BYTES, 1000)[0]) > length
+    with pytest.raises(UserError, match=r"T: the instruction alone is 6 tokens .* holds 6"):
+        format_conditioning("Count.", examples, BYTES, 6, where="T")
+    cut, dropped = format_conditioning("Count.", examples, BYTES, 6, on_long="truncate")
+    assert (BYTES.decode(cut), cut[-1], dropped) == ("Count", EOS_ID, 3)
+    with pytest.raises(UserError, match="neither instruction nor example"):
+        format_conditioning("", [], BYTES, 100)
+    with pytest.raises(UserError, match="the first example alone"):
+        format_conditioning("", examples, BYTES, 10)
+
+
+# ------------------------------------------------------------------------------ episodes
+
+
+def test_batches_are_a_pure_function_of_seed_and_step() -> None:
+    tasks = [rows_of(name) for name in "abcde"]
+    forward, again, other = sampler(tasks), sampler(copy.deepcopy(tasks)), sampler(tasks, seed=1)
+    first = [forward.batch(step) for step in range(6)]
+    for step in reversed(range(6)):
+        repeated = again.batch(step)
+        for key, value in first[step].items():
+            np.testing.assert_array_equal(value, repeated[key])
+    assert any(np.any(first[0][key] != other.batch(0)[key]) for key in first[0])
+    assert any(np.any(first[0][key] != first[1][key]) for key in first[0])
+    one_task = [sampler(tasks[:1], seed=s, tasks_per_batch=1).batch(0)["inputs"] for s in (0, 1)]
+    assert np.any(one_task[0] != one_task[1])
+    stream = data.train_batches(sampler(tasks), start_step=4)
+    np.testing.assert_array_equal(next(stream)["inputs"], first[4]["inputs"])
+    np.testing.assert_array_equal(next(stream)["inputs"], first[5]["inputs"])
+
+
+def test_batch_layout() -> None:
+    batch = sampler([rows_of(name) for name in "abcd"]).batch(0)
+    assert {key: value.shape for key, value in batch.items()} == {
+        "hyper_inputs": (3, 160),
+        "inputs": (3, 4, 24),
+        "targets": (3, 4, 12),
+    }
+    for value in batch.values():
+        assert value.dtype == np.int32
+        for row in value.reshape(-1, value.shape[-1]):
+            length = int(np.sum(row != 0))
+            assert row[length - 1] == EOS_ID
+            assert not row[length:].any()
+    names = {BYTES.decode(row)[len("Definition of ")] for row in batch["hyper_inputs"]}
+    assert len(names) == 3, "a batch repeats a task though there are enough"
+
+
+def shown_and_asked(batch: dict[str, np.ndarray]) -> Iterator[tuple[list[str], list[str]]]:
+    for hyper, inputs in zip(batch["hyper_inputs"], batch["inputs"], strict=True):
+        parts = BYTES.decode(hyper).split("\nInput: ")[1:]
+        yield [part.split("\nOutput: ")[0] for part in parts], [BYTES.decode(row) for row in inputs]
+
+
+@pytest.mark.parametrize("examples", [0, 1, 3])
+@pytest.mark.parametrize("use_instruction", [True, False])
+def test_shown_is_never_asked(examples: int, use_instruction: bool) -> None:
+    tasks = [rows_of("a", 2, examples), rows_of("b", 5, examples)]
+    # An example with the text of a row, spaced otherwise: the same input all the same.
+    same = ((" b  row 1", "x"), *tasks[1].examples)
+    tasks[1] = TaskRows("b", tasks[1].instructions, same, tasks[1].rows)
+    made = sampler(tasks, tasks_per_batch=2, use_instruction=use_instruction, shots=(0, 3))
+    counts = set()
+    for step in range(60):
+        for shown, asked in shown_and_asked(made.batch(step)):
+            counts.add(len(shown))
+            keys = [" ".join(text.split()) for text in shown]
+            assert len(set(keys)) == len(keys)
+            assert not set(keys) & set(asked)
+            assert use_instruction or shown
+    assert counts == ({0, 1, 2, 3} if use_instruction else {1, 2, 3})
+    assert made.stats["shown_examples"] > 0
+    assert (made.stats["missing_examples"] > 0) == (examples < 2)
+
+
+def test_shots_are_uniform_and_instruction_is_optional() -> None:
+    made = sampler([rows_of("a")], tasks_per_batch=1, shots=(1, 2), use_instruction=False)
+    counts = [len(shown) for step in range(400) for shown, _ in shown_and_asked(made.batch(step))]
+    assert 150 < counts.count(1) < 250
+    assert counts.count(1) + counts.count(2) == 400
+    assert not BYTES.decode(made.batch(0)["hyper_inputs"][0]).startswith("Definition")
+
+
+def test_every_reference_and_wording_is_drawn() -> None:
+    made = sampler([rows_of("a", instructions=("One.", "Two."))], tasks_per_batch=1, shots=(0, 0))
+    batches = [made.batch(step) for step in range(40)]
+    assert {BYTES.decode(b["hyper_inputs"][0]) for b in batches} == {"One.", "Two."}
+    targets = {BYTES.decode(row) for b in batches for row in b["targets"][0]}
+    assert targets == {f"{letter}{i}" for letter in "ab" for i in range(8)}
+
+
+def test_rates_decide_how_often_a_task_comes() -> None:
+    tasks = [rows_of("a", rate=3.0), rows_of("b", rate=1.0)]
+    made = sampler(tasks, tasks_per_batch=1, shots=(0, 0))
+    drawn = [BYTES.decode(made.batch(s)["hyper_inputs"][0])[-2] for s in range(400)]
+    assert 260 < drawn.count("a") < 340
+
+
+def test_cuts_are_counted_and_keep_eos() -> None:
+    made = sampler([rows_of("a")], tasks_per_batch=1, input_length=4, target_length=2)
+    batch = made.batch(0)
+    assert (batch["inputs"][..., -1] == EOS_ID).all()
+    assert (batch["targets"][..., -1] == EOS_ID).all()
+    assert made.stats["truncated_inputs"] == made.stats["truncated_targets"] == 4
+    made = sampler([rows_of("a")], tasks_per_batch=1, hyper_length=50, shots=(2, 2))
+    made.batch(0)
+    assert (made.stats["shown_examples"], made.stats["dropped_examples"]) == (1, 1)
+
+
+def test_what_cannot_be_an_episode_is_refused_at_the_start() -> None:
+    with pytest.raises(UserError, match="list of training tasks is empty"):
+        sampler([])
+    with pytest.raises(UserError, match="list of tasks to evaluate is empty"):
+        data.eval_episodes([], BYTES, make_config())
+    with pytest.raises(UserError, match="leaves nothing to condition on"):
+        sampler([rows_of("a")], shots=(0, 0), use_instruction=False)
+    with pytest.raises(UserError, match="fewest, most"):
+        sampler([rows_of("a")], shots=(2, 1))
+    with pytest.raises(UserError, match="task a has no example to show"):
+        sampler([rows_of("a", rows=1, examples=0)], use_instruction=False)
+    with pytest.raises(UserError, match="task a has no example to show"):
+        sampler([rows_of("a")], use_instruction=False, hyper_length=20)
+    with pytest.raises(UserError, match=r"a: the instruction alone .* data\.hyper_length"):
+        sampler([rows_of("b"), rows_of("a", instructions=("x" * 160,))])
+    made = sampler([rows_of("a", instructions=("x" * 160,))], on_long_instruction="truncate")
+    made.batch(0)
+    assert made.stats["truncated_instructions"] == 3
+
+
+def test_concat_reads_the_same_episodes() -> None:
+    tasks = [rows_of(name) for name in "abcd"]
+    apart, joined = sampler(tasks), sampler(tasks, concat=True)
+    for step in range(5):
+        one, other = apart.batch(step), joined.batch(step)
+        assert other["hyper_inputs"].tolist() == [[EOS_ID]] * 3
+        assert other["inputs"].shape == (3, 4, 160 + 24)
+        np.testing.assert_array_equal(one["targets"], other["targets"])
+        for hyper, inputs, whole in zip(
+            one["hyper_inputs"], one["inputs"], other["inputs"], strict=True
+        ):
+            for row, read in zip(inputs, whole, strict=True):
+                expected = f"{BYTES.decode(hyper)}\nInput: {BYTES.decode(row)}"
+                assert BYTES.decode(read) == expected
+    full = sampler([rows_of("a")], concat=True, hyper_length=17, input_length=8, shots=(0, 0))
+    assert (full.batch(0)["inputs"][..., -1] == EOS_ID).all()
+    assert full.stats["truncated_inputs"] == 12
+
+
+def test_eval_episodes_are_fixed_and_apart() -> None:
+    # The first example is also a row that is asked: the rows stay, another example is shown.
+    task = rows_of("a")
+    task = TaskRows("a", task.instructions, (("a row 1", "x"), *task.examples[:1]), task.rows, "k")
+    found = data.eval_episodes([task], BYTES, make_config())[0]
+    assert (found.name, found.category, found.instruction) == ("a", "k", "Definition of a.")
+    assert found.ids == tuple(f"a-row-{i}" for i in range(5))
+    assert found.shown == (("a shown 0", "s0"), ("a row 5", "a5"))
+    assert found.references[2] == ("a2", "b2")
+    assert [BYTES.decode(row) for row in found.inputs] == list(found.texts)
+    assert BYTES.decode(found.hyper_ids) == "Definition of a." + "".join(
+        map(example_text, found.shown)
+    )
+    assert found.hyper_ids.shape == (160,)
+    whole = data.eval_episodes([task], BYTES, make_config(), concat=True)[0]
+    assert (whole.hyper_ids.tolist(), whole.inputs.shape) == ([EOS_ID], (5, 184))
+    assert BYTES.decode(whole.inputs[0]) == BYTES.decode(found.hyper_ids) + "\nInput: a row 0"
+
+
+# ------------------------------------------------------------------------- SNI and SeqIO
+
+
+def test_seqio_tasks_and_the_fast_path_have_the_same_ids(sni_dir: Path) -> None:
+    import seqio
+
+    from hyper_t5.tasks import super_ni
+
+    config = make_config(sni_dir=str(sni_dir))
+    for _ in range(2):  # registering again is no error
+        assert super_ni.register(config.data, "test", BYTES) == "sni_test"
+        assert super_ni.register(config.data, "train", BYTES) == "sni_train"
+    assert {task.name for task in seqio.get_mixture_or_task("sni_train").tasks} == {
+        "sni_task1_a",
+        "sni_task2_b_c",
+        "sni_task3_d",
+    }
+    tasks = data.load_tasks("sni", config.data, "test", BYTES)
+    assert [(t.name, t.rate) for t in tasks] == [("task4_e", 1.0)]
+    for hyper_length in (160, 60):  # with both examples, with one dropped
+        config.data.hyper_length = hyper_length
+        found = data.eval_episodes(tasks, BYTES, config)[0]
+        lengths = {"hyper_inputs": hyper_length, "inputs": 24, "targets": 12}
+        dataset = seqio.get_mixture_or_task("sni_task4_e").get_dataset(
+            lengths, split="test", shuffle=False
+        )
+        rows = list(itertools.islice(dataset.as_numpy_iterator(), 5))
+        for i, row in enumerate(rows):
+            assert row["id"].decode() == found.ids[i]
+            assert [r.decode() for r in row["references"]] == list(found.references[i])
+            assert row["targets"].tolist() == [*BYTES.encode(found.references[i][0]), EOS_ID]
+            for ours, theirs in ((found.hyper_ids, "hyper_inputs"), (found.inputs[i], "inputs")):
+                assert ours[ours != 0].tolist() == row[theirs].tolist()
+    mixed = seqio.get_mixture_or_task("sni_train").get_dataset(
+        lengths, split="train", shuffle=False, num_epochs=1
+    )
+    assert set(next(mixed.as_numpy_iterator())) >= {"hyper_inputs", "inputs", "targets"}
+
+
+def test_registering_another_folder_replaces(sni_dir: Path, tmp_path: Path) -> None:
+    raw = sni_object("task4_e", rows=2)
+    from hyper_t5.tasks.super_ni import register_sni_tasks
+
+    data.load_tasks("sni", make_config(sni_dir=str(sni_dir)).data, "test", BYTES)
+    import seqio
+
+    assert register_sni_tasks("sni", "test", {"task4_e": raw}, BYTES) == "sni_test"
+    source = seqio.get_mixture_or_task("sni_task4_e").source
+    assert len(source.task_rows().rows) == 2
+    with pytest.raises(UserError, match="has no tasks"):
+        register_sni_tasks("sni", "test", {}, BYTES)
+    with pytest.raises(UserError, match="become sni_a_b"):
+        register_sni_tasks("sni", "test", {"a-b": raw, "a_b": raw}, BYTES)
+
+
+def test_max_instances_caps_rows_and_rate(sni_dir: Path) -> None:
+    config = make_config(sni_dir=str(sni_dir), max_instances_per_task=5).data
+    path = sni_dir / "tasks" / "task3_d.json"
+    path.write_text(json.dumps(sni_object("task3_d", rows=3)))
+    tasks = {task.name: task for task in data.load_tasks("sni", config, "train", BYTES)}
+    assert {name: (len(t.rows), t.rate) for name, t in tasks.items()} == {
+        "task1_a": (5, 5.0),
+        "task2_b-c": (5, 5.0),
+        "task3_d": (3, 3.0),
+    }
+    assert [row.id[-1] for row in tasks["task1_a"].rows] != list("01234"), "not a random choice"
+    test = data.load_tasks("sni", config, "test", BYTES)[0]
+    assert [row.id[-1] for row in test.rows] == list("01234")
+
+
+def test_split_mistakes(sni_dir: Path) -> None:
+    config = make_config(sni_dir=str(sni_dir)).data
+    listing = sni_dir / "splits" / "default" / "train_tasks.txt"
+    (sni_dir / "tasks" / "task3_d.json").unlink()
+    with pytest.raises(UserError, match=r"train_tasks\.txt: names task3_d, .*on_missing_task"):
+        data.load_tasks("sni", config, "train", BYTES)
+    config.on_missing_task = "skip"
+    assert len(data.load_tasks("sni", config, "train", BYTES)) == 2
+    listing.write_text("task3_d\n")
+    with pytest.raises(UserError, match=r"train_tasks\.txt: none of its 1 tasks"):
+        data.load_tasks("sni", config, "train", BYTES)
+    listing.write_text("\n")
+    with pytest.raises(UserError, match=r"train_tasks\.txt: the list is empty"):
+        data.load_tasks("sni", config, "train", BYTES)
+    with pytest.raises(UserError, match=r"dev_tasks\.txt: no such split"):
+        data.load_tasks("sni", config, "dev", BYTES)
+    config.sni_dir = ""
+    with pytest.raises(UserError, match=r"data\.sni_dir is empty"):
+        data.load_tasks("sni", config, "train", BYTES)
+    with pytest.raises(UserError, match=r"'sn' is unknown.*nearest: sni"):
+        data.load_tasks("sn", config, "train", BYTES)
+    config.vocab = ""
+    with pytest.raises(UserError, match=r"data\.vocab is empty"):
+        data.mixture_vocab(config)
+
+
+def test_skipped_rows_are_printed(sni_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    raw = sni_object("task4_e")
+    del raw["Instances"][1]["output"]
+    (sni_dir / "tasks" / "task4_e.json").write_text(json.dumps(raw))
+    config = make_config(sni_dir=str(sni_dir), on_bad_row="skip").data
+    data.load_tasks("sni", config, "test", BYTES)
+    assert "sni_test: 1 bad rows of Instances skipped" in capsys.readouterr().out
+
+
+def test_pipeline_outruns_training() -> None:
+    made = sampler([rows_of(str(i), 100) for i in range(50)], tasks_per_batch=8)
+    begin = time.perf_counter()
+    for step in range(50):
+        made.batch(step)
+    # Measured 10,000 episodes/s on a quiet core; a training step wants a few hundred.
+    assert 400 / (time.perf_counter() - begin) > 500
+
+
+def test_prefetch_keeps_order_passes_errors_and_stops() -> None:
+    def failing() -> Iterator[int]:
+        yield from range(5)
+        raise UserError("the sixth")
+
+    stream = data.prefetch(failing())
+    assert list(itertools.islice(stream, 5)) == list(range(5))
+    with pytest.raises(UserError, match="the sixth"):
+        next(stream)
+    assert list(data.prefetch(iter("abc"))) == list("abc")
+    before = threading.active_count()
+    stream = data.prefetch(itertools.count())
+    next(stream)
+    stream.close()  # type: ignore[attr-defined]
+    deadline = time.monotonic() + 5
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() == before
+
+
+# ---------------------------------------------------------------------------------- text
+
+
+def write_text(path: Path, documents: list[str]) -> Path:
+    raw = "".join(json.dumps({"title": "t", "text": d}) + "\n" for d in documents).encode()
+    path.write_bytes(lzma.compress(raw) if path.suffix == ".xz" else raw)
+    return path
+
+
+DOCUMENTS = ["short", "the quick brown fox " * 30, "lorem ipsum dolor " * 7, "x" * 30]
+
+
+def text_config(path: str | Path, **fields: Any) -> ConfigDict:
+    config = make_config(text=str(path), input_length=20, target_length=20, hyper_length=60)
+    config.stage = "hyperpretrain"
+    config.data.update(fields)
+    return config
+
+
+def test_documents_of_every_kind_of_file(tmp_path: Path) -> None:
+    write_text(tmp_path / "a.jsonl", DOCUMENTS[:2])
+    write_text(tmp_path / "b.jsonl.xz", DOCUMENTS[2:3])
+    (tmp_path / "c.txt").write_text(DOCUMENTS[3])
+    (tmp_path / "notes.json").write_text("{}")
+    for spec, wanted in ((tmp_path, DOCUMENTS), (tmp_path / "*.jsonl*", DOCUMENTS[:3])):
+        files = text.text_files(str(spec))
+        assert [d for file in files for d in text.read_documents(file)] == wanted
+    for spec, message in [
+        (tmp_path / "none", "no such file"),
+        (tmp_path / "*.gz", "no such file"),
+        (tmp_path / "notes.json", "not this kind"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            text.text_files(str(spec))
+
+
+def test_bad_lines_name_file_line_and_field(tmp_path: Path) -> None:
+    good = json.dumps({"text": "fine"}).encode()
+    bad = {
+        b'{"text": "cut': "not valid JSON",
+        b'{"body": "x"}': "lacks field text",
+        b'{"text": null}': "field text must be text",
+        b'{"text": "\xff"}': "not UTF-8",
+        b"[]": "lacks field text",
+    }
+    path = tmp_path / "a.jsonl"
+    for line, message in bad.items():
+        path.write_bytes(good + b"\r\n\n" + line + b"\n" + good)
+        with pytest.raises(UserError, match=rf"a\.jsonl, line 3: {message}"):
+            list(text.read_documents(path))
+        skipped: text.Counter[str] = text.Counter()
+        assert list(text.read_documents(path, "skip", skipped)) == ["fine", "fine"]
+        assert skipped.total() == 1
+    whole = write_text(tmp_path / "b.jsonl.xz", ["word " * 5000] * 3)
+    whole.write_bytes(whole.read_bytes()[:-20])
+    with pytest.raises(UserError, match=r"b\.jsonl\.xz, after line \d: damaged or truncated"):
+        list(text.read_documents(whole, "skip"))
+    (tmp_path / "c.txt").write_bytes(b"one\ntwo \xff")
+    with pytest.raises(UserError, match=r"c\.txt, line 2: not UTF-8"):
+        list(text.read_documents(tmp_path / "c.txt"))
+
+
+def test_caclm_segments_join_back() -> None:
+    config = make_config(input_length=20, target_length=15, hyper_length=40, chunk_length=64)
+    rule = text.SegmentRule.of(config.data)
+    rng = np.random.default_rng(0)
+    lengths = []
+    for n in [*range(text.MIN_CHUNK, 65)] * 20:
+        chunk = np.arange(n)
+        parts = text.caclm_split(chunk, rng, rule)
+        np.testing.assert_array_equal(np.concatenate(parts), chunk)
+        a, b, c, d = map(len, parts)
+        assert min(a, b, c, d) > 0
+        assert a + d + 2 <= 40
+        assert b + 1 <= 20
+        assert c + 1 <= 15
+        lengths.append((a, b, c, d))
+    assert all(len(set(column)) > 8 for column in zip(*lengths, strict=True)), "cuts not random"
+    for fields in (
+        {"hyper_length": 20},
+        {"chunk_length": 400},
+        {"segment_shares": (0.6, 0.6)},
+        {"segment_shares": (0.0, 0.2)},
+        {"target_length": 1},
+    ):
+        with pytest.raises(UserError, match=r"data\.(chunk_length|segment_shares)"):
+            text.SegmentRule.of(make_config(**fields).data)
+
+
+def test_text_batches_are_pure_and_are_of_the_documents(tmp_path: Path) -> None:
+    path = write_text(tmp_path / "a.jsonl.xz", DOCUMENTS)
+    config = text_config(path, cache_dir=str(tmp_path / "cache"))
+    made, again = data.make_sampler(config, BYTES), data.make_sampler(config, BYTES)
+    joined = data.make_sampler(config, BYTES, concat=True)
+    first = [made.batch(step) for step in range(12)]
+    for step in reversed(range(12)):
+        repeated, whole = again.batch(step), joined.batch(step)
+        for key, value in first[step].items():
+            np.testing.assert_array_equal(value, repeated[key])
+        np.testing.assert_array_equal(whole["targets"], first[step]["targets"])
+        for slot in range(3):
+            hyper, read, target = (
+                first[step][key][slot].reshape(-1) for key in ("hyper_inputs", "inputs", "targets")
+            )
+            a, d = "".join(map(chr, hyper[hyper > 0] + (hyper[hyper > 0] == 1) * 9)).split("\n")[:2]
+            a, d = ("".join(chr(ord(ch) - 3) for ch in part) for part in (a, d))
+            passage = a + BYTES.decode(read) + BYTES.decode(target) + d
+            assert any(passage in document for document in DOCUMENTS[1:])
+            line = whole["inputs"][slot, 0]
+            np.testing.assert_array_equal(
+                line[line != 0], np.concatenate([hyper[hyper != 0], read[read != 0]])
+            )
+            assert whole["inputs"].shape == (3, 1, 80)
+            assert whole["hyper_inputs"].tolist() == [[EOS_ID]] * 3
+
+
+def test_chunks_cover_every_document_once_an_epoch() -> None:
+    store = text.tokenise(DOCUMENTS, BYTES)
+    chunks = text.StoredChunks(store, 64, seed=5)
+    assert len(chunks) == 10 + 2 + 1  # 600, 126 and 30 tokens; "short" is too short
+    epochs = [chunks.chunks(e * len(chunks), len(chunks)) for e in range(2)]
+    decoded = [[BYTES.decode(chunk) for chunk in epoch] for epoch in epochs]
+    assert decoded[0] != decoded[1]
+    assert sorted(decoded[0]) == sorted(decoded[1])
+    for document in DOCUMENTS[1:]:
+        covered = np.zeros(len(document), bool)
+        for chunk in decoded[0]:
+            for start in range(len(document)):
+                if document.startswith(chunk, start):
+                    covered[start : start + len(chunk)] = True
+        assert covered.all()
+    with pytest.raises(UserError, match="no document has 16 tokens"):
+        text.StoredChunks(text.tokenise(["short"], BYTES), 64, 0)
+
+
+def test_token_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_text(tmp_path / "a.jsonl", DOCUMENTS)
+    cache = tmp_path / "cache"
+
+    def tokens(vocab: Any = BYTES) -> np.ndarray:
+        return np.array(text.cached_tokens([path], vocab, cache).tokens)
+
+    def made_anew() -> bool:
+        return "tokenising" in capsys.readouterr().out
+
+    first = tokens()
+    assert made_anew()
+    np.testing.assert_array_equal(tokens(), first)
+    assert not made_anew()
+    np.testing.assert_array_equal(first, text.tokenise(DOCUMENTS, BYTES).tokens)
+    tokens(ByteVocabulary(1))
+    assert made_anew(), "another vocabulary read the same entry"
+    write_text(path, DOCUMENTS[:2])
+    assert len(tokens()) < len(first)
+    assert made_anew(), "other text read the same entry"
+    for entry in cache.iterdir():
+        with open(entry / "tokens.bin", "r+b") as file:
+            file.truncate(10)
+    tokens()
+    assert "damaged" in capsys.readouterr().out
+    assert not [p for p in cache.iterdir() if p.name.count(".")], "a half entry was left"
+    cache_as_file = tmp_path / "file"
+    cache_as_file.write_text("")
+    store = text.cached_tokens([path], BYTES, cache_as_file)
+    np.testing.assert_array_equal(store.tokens, text.tokenise(DOCUMENTS[:2], BYTES).tokens)
+    assert "not kept" in capsys.readouterr().out
+
+
+def test_text_is_a_seqio_task(tmp_path: Path) -> None:
+    import seqio
+
+    from hyper_t5.tasks.text import register
+
+    path = write_text(tmp_path / "a.jsonl", DOCUMENTS)
+    name = register(str(path), BYTES)
+    assert name.startswith("text_a_")
+    rows = seqio.get_mixture_or_task(name).get_dataset(
+        {"targets": 50}, split="train", shuffle=False
+    )
+    found = [row["targets"].tolist() for row in rows.as_numpy_iterator()]
+    assert found == [[*BYTES.encode(d)[:49], EOS_ID] for d in DOCUMENTS]
+    config = text_config("")
+    with pytest.raises(UserError, match=r"data\.text is empty"):
+        data.make_sampler(config, BYTES)
+
+
+def test_tfds_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tfds: Any = pytest.importorskip("tensorflow_datasets")
+    from hyper_t5.tasks.text import TfdsChunks
+
+    documents = [f"document number {i:03d} " * (1 + i % 7) for i in range(23)] + ["tiny"]
+
+    class SmallText(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+        pkg_dir_path = tmp_path
+
+        def _info(self) -> Any:
+            features = tfds.features.FeaturesDict({"text": tfds.features.Text()})
+            return tfds.core.DatasetInfo(builder=self, features=features)
+
+        def _split_generators(self, dl_manager: Any) -> Any:
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self) -> Any:
+            yield from enumerate({"text": d} for d in documents)
+
+    SmallText(data_dir=tmp_path).download_and_prepare()
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    config = text_config("tfds:small_text:1.0.0")
+    made, again = data.make_sampler(config, BYTES), data.make_sampler(config, BYTES)
+    first = [made.batch(step) for step in range(20)]
+    for step in (17, 3):
+        np.testing.assert_array_equal(again.batch(step)["inputs"], first[step]["inputs"])
+
+    builder = tfds.builder("small_text:1.0.0", data_dir=tmp_path)
+    chunks = TfdsChunks(builder, BYTES, 512, seed=1, block=6)
+    epochs = [[BYTES.decode(c) for c in chunks.chunks(e * 24, 24)] for e in range(2)]
+    assert epochs[0] != epochs[1]
+    for epoch in epochs:  # every document once; the tiny one's neighbour stands in for it
+        assert set(epoch) == set(documents[:-1])
+        assert len(epoch) == 24
+    config.data.text = "tfds:no_such_set:1.0.0"
+    with pytest.raises(UserError, match=r"tfds:no_such_set.*TFDS_DATA_DIR"):
+        data.make_sampler(config, BYTES)
+
+
+# -------------------------------------------------------------------------- the real data
+
+
+def test_real_sni_when_at_hand(shared_dir: Path, tmp_path: Path) -> None:
+    import tarfile
+
+    with tarfile.open(shared_dir / "data" / "sni.tar.xz") as archive:
+        wanted = [m for m in archive.getmembers() if "/splits/default/test_" in f"/{m.name}"]
+        wanted += [m for m in archive.getmembers() if "/tasks/task1" in f"/{m.name}"]
+        archive.extractall(tmp_path, wanted, filter="data")
+    (folder,) = (p.parent for p in tmp_path.rglob("tasks"))
+    config = make_config(
+        sni_dir=str(folder),
+        on_missing_task="skip",
+        on_long_instruction="truncate",
+        hyper_length=512,
+        input_length=256,
+        target_length=64,
+    )
+    vocab = load_vocab(str(shared_dir / "data" / "tokenizer" / "spiece.model"))
+    tasks = data.load_tasks("sni", config.data, "test", vocab)
+    assert len(tasks) > 40
+    found = data.eval_episodes(tasks, vocab, config)
+    assert all(len(task.ids) == 5 and task.hyper_ids[0] for task in found)
+    made = data.EpisodeSampler(tasks, vocab, config.data, 0)
+    assert made.batch(0)["inputs"].max() < vocab.size
