@@ -1,0 +1,251 @@
+"""The command line: ``hyper-t5 COMMAND`` is ``python -m hyper_t5 COMMAND``.
+
+A command imports what it needs when it runs, so that ``--help`` and a mistyped flag are answered
+at once. Exit codes: 0 done, 1 the run failed (a loss that is no number), 2 a mistake in what the
+user gave, 130 interrupted; one line on stderr and no traceback for each of these.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from hyper_t5 import __version__
+from hyper_t5.errors import UserError
+
+GIN = "--gin."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code. ``--help`` and ``--version`` exit by themselves."""
+    # TensorFlow, which only reads data here, would report on its search for a GPU.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    try:
+        args = _parse(list(sys.argv[1:] if argv is None else argv))
+        COMMANDS[args.command].run(args)
+    except UserError as e:
+        return _fail(2, str(e))
+    except FloatingPointError as e:
+        return _fail(1, str(e))
+    except KeyboardInterrupt:
+        return _fail(130, "interrupted")
+    return 0
+
+
+def _fail(code: int, message: str) -> int:
+    print("hyper-t5: error:", " ".join(message.split()), file=sys.stderr)
+    return code
+
+
+# ------------------------------------------------------------------------------ what each one runs
+
+
+def _train(args: argparse.Namespace) -> None:
+    from hyper_t5 import config as config_lib
+    from hyper_t5 import workdir
+
+    config = config_lib.load(args.config, args.gin, args.gin_file)
+    config_lib.validate(config)
+    with workdir.hold(args.workdir):
+        for change in workdir.check_resume(args.workdir, config):
+            print(f"resume with {change}", flush=True)
+        from hyper_t5 import train
+
+        train.train(config, args.workdir)
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from hyper_t5 import evaluate
+    from hyper_t5.overrides import Override, read_overrides
+
+    overrides = read_overrides(args.gin, args.gin_file)
+    if args.mixture:
+        overrides.append(Override("eval.mixture", args.mixture, "--mixture"))
+    evaluate.evaluate_workdir(args.workdir, overrides, out=args.out, compare=args.compare)
+
+
+def _adapt(args: argparse.Namespace) -> None:
+    from hyper_t5 import serve
+
+    print(serve.adapt(args.workdir, args.task, args.out, args.format, args.base_model))
+
+
+def _predict(args: argparse.Namespace) -> None:
+    from hyper_t5 import serve
+
+    serve.predict(args.backbone, args.adapter, args.input, args.output, batch=args.batch,
+                  max_decode_length=args.max_decode_length, beam_size=args.beam_size)
+
+
+def _export(args: argparse.Namespace) -> None:
+    from hyper_t5 import serve
+
+    print(serve.export(args.adapter, args.out, args.format, args.backbone))
+
+
+def _bench(args: argparse.Namespace) -> None:
+    from hyper_t5 import bench
+
+    bench.main(args.names, args.out)
+
+
+def _quickstart(args: argparse.Namespace) -> None:
+    from hyper_t5 import quickstart
+
+    quickstart.main(args.out, seeds=args.seeds, minutes=args.minutes)
+
+
+# ---------------------------------------------------------------------- names, flags, help, errors
+
+Flag = tuple[str, dict[str, Any]]  # a name and what argparse's add_argument takes
+
+
+def _path(name: str, help: str, **more: Any) -> Flag:
+    return name, {"type": Path, "metavar": "DIR", "help": help, "required": True, **more}
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of 1 or more, got {text!r}")
+    return int(text)
+
+
+def _number(name: str, default: int, help: str) -> Flag:
+    help += f" (default: {default})"
+    return name, {"type": _positive, "default": default, "metavar": "N", "help": help}
+
+
+_WORKDIR = _path("--workdir", "folder of the run: config.json, checkpoints/, metrics")
+_GIN_FILE: Flag = ("--gin_file", {
+    "type": Path, "action": "append", "default": [], "metavar": "FILE",
+    "help": "lines `path.to.field = value` that override the config; may be repeated. So does "
+            "--gin.path.to.field=value, which comes after all files"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """One command: what help says of it, its flags, and the function that runs it."""
+
+    summary: str
+    example: str
+    run: Callable[[argparse.Namespace], None]
+    flags: Sequence[Flag]
+
+
+COMMANDS = {
+    "quickstart": Command(
+        "Run everything on the embedded task suite: train, evaluate, adapt, export",
+        "hyper-t5 quickstart --out runs/quickstart",
+        _quickstart,
+        [_path("--out", "folder for all it makes (default: runs/quickstart)", required=False,
+               default=Path("runs/quickstart")),
+         ("--seeds", {"type": int, "nargs": "+", "default": [0], "metavar": "SEED",
+                      "help": "repeat for each seed and report all (default: 0)"}),
+         ("--minutes", {"type": float, "default": 15.0, "metavar": "M",
+                        "help": "time to use for each seed (default: 15)"})]),
+    "train": Command(
+        "Train a hypermodel, or a baseline, by a config; goes on by itself from a checkpoint",
+        "hyper-t5 train --config configs/mtf.py:system=hyper_lora,size=base --workdir runs/mtf "
+        "--gin.backbone.path=t5_base --gin.data.sni_dir=natural-instructions",
+        _train,
+        [("--config", {"required": True, "metavar": "FILE.py[:arg,...]",
+                       "help": "a config file, on disk or shipped, and its arguments"}),
+         _WORKDIR, _GIN_FILE]),
+    "evaluate": Command(
+        "Generate on held-out tasks and score: metrics.json, predictions, a report with a plot",
+        "hyper-t5 evaluate --workdir runs/mtf --compare runs/concat --gin.eval.shots=2",
+        _evaluate,
+        [_WORKDIR,
+         ("--mixture", {"metavar": "NAME", "help": "short for --gin.eval.mixture=NAME"}),
+         _path("--out", "folder for the results (default: WORKDIR/eval/STEP)", required=False),
+         ("--compare", {"type": Path, "action": "append", "default": [], "metavar": "DIR",
+                        "help": "another run's folder to put beside it; may be repeated"}),
+         _GIN_FILE]),
+    "adapt": Command(
+        "From a task's text to an adapter folder; prints the folder's path",
+        "hyper-t5 adapt --workdir runs/mtf --task task.json --out my_adapter --format peft",
+        _adapt,
+        [_WORKDIR,
+         _path("--task", "the task: Super-NaturalInstructions JSON, or {\"instruction\": ..., "
+               "\"examples\": [{\"input\": ..., \"output\": ...}]}", metavar="FILE"),
+         _path("--out", "the adapter folder to make"),
+         ("--format", {"choices": ["native", "peft"], "default": "native",
+                       "help": "ours, or one that peft's PeftModel loads (default: native)"}),
+         ("--base-model", {"default": "", "metavar": "NAME",
+                           "help": "with peft: the base model's name or path to write in it"})]),
+    "predict": Command(
+        "Outputs of a frozen backbone with one adapter, or with several in one batch",
+        "hyper-t5 predict --backbone t5_base --adapter my_adapter --input rows.jsonl "
+        "--output out.jsonl",
+        _predict,
+        [_path("--backbone", "folder of the backbone that the adapters were made for"),
+         _path("--adapter", "a native adapter folder; repeat it for several", action="append"),
+         _path("--input", "a jsonl file of rows with an \"input\" each", metavar="FILE"),
+         _path("--output", "the jsonl file to write", metavar="FILE"),
+         _number("--batch", 32, "rows in a batch"),
+         _number("--max-decode-length", 128, "most tokens in an output"),
+         _number("--beam-size", 1, "1 is greedy")]),
+    "export": Command(
+        "A native adapter as a PEFT folder, or merged into its backbone; prints the path",
+        "hyper-t5 export --adapter my_adapter --out my_peft --format peft --backbone t5_base",
+        _export,
+        [_path("--adapter", "a native adapter folder"),
+         _path("--out", "the folder to make"),
+         ("--format", {"choices": ["peft", "merged"], "required": True,
+                       "help": "adapter files for peft, or a whole Hugging Face T5"}),
+         _path("--backbone", "folder of the backbone that the adapter was made for")]),
+    "bench": Command(
+        "Measure speed and memory, each as a ratio inside one run",
+        "hyper-t5 bench --out runs/bench",
+        _bench,
+        [("names", {"nargs": "*", "metavar": "NAME", "help": "which benchmarks (default: all)"}),
+         _path("--out", "folder for the tables (default: print only)", required=False)]),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Argparse whose errors are one line, like all others, and whose help ends in an example."""
+
+    def __init__(self, prog: str, description: str, epilog: str, usage: str | None = None) -> None:
+        super().__init__(prog, usage, description, epilog, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    """The command's arguments; ``command`` is its name, ``gin`` the overrides without prefix."""
+    from hyper_t5.overrides import choose, nearest
+
+    listing = "\n".join(f"  {name:<12}{c.summary}" for name, c in COMMANDS.items())
+    parser = _Parser(
+        "hyper-t5", "Hypermodels that turn a task's text into adapters for a frozen T5.",
+        f"commands (hyper-t5 COMMAND --help tells more):\n{listing}\n\n"
+        f"example:\n  {COMMANDS['quickstart'].example}", "hyper-t5 COMMAND [--flag ...]")
+    parser.add_argument("--version", action="version", version=__version__)
+    if not argv or argv[0].startswith("-"):
+        parser.parse_args(argv)  # --help, --version, or an error
+        parser.error(f"give a command: {', '.join(COMMANDS)}")
+    name, *rest = argv
+    command = COMMANDS[choose("command", name, COMMANDS)]
+    parser = _Parser(f"hyper-t5 {name}", command.summary + ".", f"example:\n  {command.example}")
+    for flag, options in command.flags:
+        parser.add_argument(flag, **options)
+    gin = [word.removeprefix(GIN) for word in rest if word.startswith(GIN)]
+    if gin and _GIN_FILE not in command.flags:
+        parser.error(f"{GIN}{gin[0]}: {name} takes no config")
+    if bare := [word for word in gin if "=" not in word]:
+        parser.error(f"{GIN}{bare[0]} needs its value in the same word: {GIN}{bare[0]}=VALUE")
+    rest = [word for word in rest if not word.startswith(GIN)]
+    # Before argparse complains that a flag is missing, which a mistyped one is the reason of.
+    flags = parser._option_string_actions
+    for word in rest:
+        if word.startswith("--") and (flag := word.partition("=")[0]) not in flags:
+            parser.error(f"unknown flag {flag}, the nearest is {nearest(flag, flags)}")
+    return parser.parse_args(rest, argparse.Namespace(command=name, gin=gin))
