@@ -31,6 +31,7 @@ from hyper_t5.vocab import EOS_ID, Vocabulary
 
 SUFFIXES = (".jsonl", ".jsonl.xz", ".txt")
 MIN_CHUNK = 16  # shorter documents are left out: they cannot make four segments worth reading
+MOST_BC = 0.8  # of a chunk; leaves A and D a token each in the shortest one
 CACHE_VERSION = 1
 DOCUMENTS_AT_ONCE = 256  # handed to the tokeniser's threads together
 
@@ -349,21 +350,23 @@ class SegmentRule:
         """The rule of `data.segment_shares` and the lengths.
 
         Raises:
-            UserError: a chunk of `data.chunk_length` cannot fit, or shares outside (0, 1).
+            UserError: a chunk of up to `data.chunk_length` cannot fit, or shares out of range.
         """
         c = data_config
         b_share, c_share = c.get("segment_shares", (0.25, 0.25))
-        if not (b_share > 0 and c_share > 0 and b_share + c_share < 1):
+        if not (b_share > 0 and c_share > 0 and b_share + c_share <= MOST_BC):
             raise UserError(
                 f"data.segment_shares=({b_share}, {c_share}) are B's and C's largest shares of a "
-                "chunk: both above 0, together under 1"
+                f"chunk: both above 0, together at most {MOST_BC}"
             )
         rule = SegmentRule(
             b_share, c_share, c.input_length - 1, c.target_length - 1, c.hyper_length - 2
         )
         n = c.chunk_length
         b_most, c_most = rule.most(n)
-        if n < MIN_CHUNK or min(rule.b_most, rule.c_most) < 1 or n - b_most - c_most > rule.ad_most:
+        # Every length there may be, not the longest alone: shares are rounded down at each.
+        rest = max((m - sum(rule.most(m)) for m in range(MIN_CHUNK, n + 1)), default=n)
+        if n < MIN_CHUNK or min(rule.b_most, rule.c_most) < 1 or rest > rule.ad_most:
             raise UserError(
                 f"data.chunk_length={n} does not fit: B holds {b_most}, C {c_most} and A and D "
                 f"{rule.ad_most} tokens (data.input_length, data.target_length, data.hyper_length, "

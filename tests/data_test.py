@@ -590,6 +590,19 @@ def test_caclm_segments_join_back() -> None:
         assert c + 1 <= 15
         lengths.append((a, b, c, d))
     assert all(len(set(column)) > 8 for column in zip(*lengths, strict=True)), "cuts not random"
+    # Where of() accepts, no length fails: also at the edge, where one token less would not do.
+    for hyper in range(18, 60):
+        for shares in ((0.1, 0.7), (0.25, 0.25)):
+            config = make_config(
+                hyper_length=hyper, segment_shares=shares, input_length=64, target_length=64
+            )
+            try:
+                rule = text.SegmentRule.of(config.data)
+            except UserError:
+                continue
+            for n in range(text.MIN_CHUNK, 65):
+                parts = text.caclm_split(np.arange(n), rng, rule)
+                assert len(parts[0]) + len(parts[3]) <= hyper - 2
     for fields in (
         {"hyper_length": 20},
         {"chunk_length": 400},
