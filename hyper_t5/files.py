@@ -1,0 +1,170 @@
+"""Files that hold weights: safetensors read lazily, JSON, and folders that appear whole or not."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from hyper_t5.errors import UserError
+
+Shape = tuple[int, ...]
+READ_ERRORS = (OSError, ValueError, SafetensorError)
+_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """One array of a checkpoint that has not been read yet; `file` is where it lies."""
+
+    file: str
+    shape: Shape
+    dtype: str
+    load: Callable[[], np.ndarray]
+
+    def read(self) -> np.ndarray:
+        """The values; UserError naming the file when they cannot be had."""
+        try:
+            return self.load()
+        except READ_ERRORS as error:
+            # Tensorstore appends its whole specification to what it says.
+            reason = str(error).split(" [tensorstore_spec")[0]
+            raise UserError(
+                f"{self.file}: cannot be read: {reason}; copy the checkpoint again"
+            ) from error
+
+
+def open_safetensors(file: Path) -> dict[str, Tensor]:
+    """What a .safetensors file holds; shapes come from its header, values are read on demand.
+
+    Raises:
+      UserError: the file is missing, truncated or another kind of file.
+    """
+    try:
+        handle = safe_open(str(file), framework="np")
+        slices = {name: handle.get_slice(name) for name in list(handle.keys())}
+    except FileNotFoundError as error:
+        raise UserError(f"{file}: does not exist; the folder is incomplete") from error
+    except READ_ERRORS as error:
+        raise UserError(
+            f"{file}: is truncated or not a safetensors file ({error}); copy it again"
+        ) from error
+    return {
+        name: Tensor(
+            file=str(file),
+            shape=tuple(part.get_shape()),
+            dtype=_DTYPES.get(part.get_dtype(), part.get_dtype()),
+            load=functools.partial(handle.get_tensor, name),
+        )
+        for name, part in slices.items()
+    }
+
+
+def write_safetensors(
+    file: Path, arrays: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None
+) -> None:
+    """Writes arrays to a .safetensors file, reads them back and compares.
+
+    Raises:
+      UserError: what is on disk is not what was given.
+    """
+    # save_file takes any array's memory as it lies: a transposed view would be written scrambled,
+    # without a word (safetensors 0.8).
+    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    save_file(arrays, str(file), metadata)
+    written = open_safetensors(file)
+    same = written.keys() == arrays.keys() and all(
+        written[name].shape == array.shape
+        and np.array_equal(as_bytes(written[name].read()), as_bytes(array))
+        for name, array in arrays.items()
+    )
+    if not same:
+        raise UserError(f"{file}: what was read back differs from what was written")
+
+
+def as_bytes(array: np.ndarray) -> np.ndarray:
+    """The memory of an array in C order, as uint8 [bytes]: NaNs and bf16 compare like the rest."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in `file`; UserError naming the file and line when it is not one."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: is not a text file") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file}, line {error.lineno}: is not valid JSON ({error.msg})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: must hold a JSON object")
+    return content
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """Writes `content` with one field a line and a newline at the end."""
+    file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def replaced_folder(folder: str | os.PathLike[str], owned: Collection[str]) -> Iterator[Path]:
+    """Gives an empty folder to write into, and moves it to `folder` when the block ends well.
+
+    Args:
+      folder: where it goes. An existing folder is replaced when it holds only `owned` names.
+      owned: the names that the block may write.
+
+    Yields:
+      The empty folder, beside `folder`.
+
+    Raises:
+      UserError: `folder` holds other things, or writing failed (no space); `folder` is unchanged.
+    """
+    target = Path(folder)
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{target}: is a file; give a folder")
+    present = {p.name for p in target.iterdir()} if target.is_dir() else set()
+    if other := sorted(present - set(owned)):
+        raise UserError(
+            f"{target}: already holds {other[0]}; give a new folder, so that nothing is lost"
+        )
+    new = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        new = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        yield new
+        _finish(new)
+        if target.exists():
+            old = new.with_name(new.name + ".old")
+            target.rename(old)
+            new.rename(target)
+            shutil.rmtree(old)
+        else:
+            new.rename(target)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{target}: could not be written: {error}; nothing was changed") from error
+    finally:
+        if new is not None:
+            shutil.rmtree(new, ignore_errors=True)
+
+
+def _finish(folder: Path) -> None:
+    """Flushes the files of a folder to disk and gives it the mode of an ordinary new folder."""
+    for file in folder.iterdir():
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())
+    umask = os.umask(0)
+    os.umask(umask)
+    folder.chmod(0o777 & ~umask)  # mkdtemp made it private
