@@ -1,0 +1,111 @@
+"""What is written of a run, and the line it prints."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tensorboardX.proto import event_pb2
+
+from hyper_t5 import metrics
+
+
+def lines(workdir: Path) -> list[dict[str, Any]]:
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is not JSON")
+
+    text = (workdir / "metrics.jsonl").read_text()
+    return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+
+
+def board(workdir: Path) -> list[tuple[str, int, float]]:
+    """Every scalar event, in the order of the files."""
+    found = []
+    for file in sorted((workdir / "tensorboard").iterdir()):
+        content, place = file.read_bytes(), 0
+        while place < len(content):
+            size = int.from_bytes(content[place : place + 8], "little")
+            event = event_pb2.Event.FromString(content[place + 12 : place + 12 + size])
+            place += 12 + size + 4
+            if event.HasField("session_log"):
+                found.append(("purge", event.step, float(event.session_log.status)))
+            found += [(v.tag, event.step, v.simple_value) for v in event.summary.value]
+    return found
+
+
+def test_values_arrive_in_both_places(tmp_path: Path) -> None:
+    with metrics.Writer(tmp_path / "run") as writer:
+        writer.write(1, {"loss": np.float32(0.5), "count": 3})
+        writer.write(2, {"loss": 0.25, "count": np.int64(4)})
+    found = lines(tmp_path / "run")
+    assert [{k: v for k, v in line.items() if k != "time"} for line in found] == [
+        {"step": 1, "loss": 0.5, "count": 3},
+        {"step": 2, "loss": 0.25, "count": 4},
+    ]
+    assert 1.7e9 < found[0]["time"] <= found[1]["time"]
+    scalars = [event for event in board(tmp_path / "run") if event[0] != "purge"]
+    assert scalars == [("loss", 1, 0.5), ("count", 1, 3), ("loss", 2, 0.25), ("count", 2, 4)]
+
+
+def test_a_line_is_on_the_disk_at_once(tmp_path: Path) -> None:
+    writer = metrics.Writer(tmp_path)
+    writer.write(1, {"loss": 1.0})
+    assert len(lines(tmp_path)) == 1
+    writer.close()
+
+
+def test_numbers_that_are_not_finite_stay_visible(tmp_path: Path) -> None:
+    with metrics.Writer(tmp_path) as writer:
+        writer.write(1, {"a": float("nan"), "b": np.float32("inf"), "c": -float("inf"), "d": 1.0})
+    line = lines(tmp_path)[0]
+    assert [line[name] for name in "abcd"] == ["NaN", "Infinity", "-Infinity", 1.0]
+
+
+def test_each_step_stands_there_once_after_a_resume(tmp_path: Path) -> None:
+    with metrics.Writer(tmp_path) as writer:
+        for step in (10, 20, 30):
+            writer.write(step, {"loss": step})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')  # killed here
+    with metrics.Writer(tmp_path, step=20) as writer:
+        writer.write(30, {"loss": 31})
+    assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [
+        (10, 10),
+        (20, 20),
+        (30, 31),
+    ]
+    assert any(event[:2] == ("purge", 21) for event in board(tmp_path))
+
+
+def test_progress() -> None:
+    stream, clock = io.StringIO(), [100.0]
+    progress = metrics.Progress(1000, stream, lambda: clock[0])
+    assert progress.report(1, {"loss": 2.34567}) == {}
+    progress.count(1000, 1000)  # the step that compiled: not in the rates
+    for _ in range(4):
+        clock[0] += 0.5
+        progress.count(examples=8, tokens=100)
+    rates = progress.report(600, {"loss": np.float32(2.34567), "accuracy": 0.5})
+    assert rates == {
+        "examples_per_second": 16.0,
+        "tokens_per_second": 200.0,
+        "seconds_per_step": 0.5,
+    }
+    clock[0] += 4
+    progress.count(examples=2, tokens=3)
+    progress.report(1000, {"loss": float("nan")})
+    assert stream.getvalue().splitlines() == [
+        "step 1/1000  loss 2.346",
+        "step 600/1000  loss 2.346  accuracy 0.5  16.0 examples/s  200 real tokens/s  ETA 0:03:20",
+        "step 1000/1000  loss nan  0.5 examples/s  1 real tokens/s  ETA 0:00:00",
+    ]
+
+
+def test_progress_prints_to_what_stdout_is_now(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = metrics.Progress(2)
+    progress.report(1, {"loss": 1.0})
+    assert capsys.readouterr().out == "step 1/2  loss 1\n"
