@@ -191,13 +191,15 @@ COMMANDS = {
          _number("--max-decode-length", 128, "most tokens in an output"),
          _number("--beam-size", 1, "1 is greedy")]),
     "export": Command(
-        "A native adapter as a PEFT folder, or merged into its backbone; prints the path",
+        "An adapter as a PEFT folder, merged into its backbone, or the backbone alone; prints the "
+        "path",
         "hyper-t5 export --adapter my_adapter --out my_peft --format peft --backbone t5_base",
         _export,
-        [_path("--adapter", "a native adapter folder"),
+        [_path("--adapter", "a native adapter folder", required=False),
          _path("--out", "the folder to make"),
-         ("--format", {"choices": ["peft", "merged"], "required": True,
-                       "help": "adapter files for peft, or a whole Hugging Face T5"}),
+         ("--format", {"choices": ["peft", "merged", "backbone"], "required": True,
+                       "help": "adapter files for peft; a whole Hugging Face T5 with LoRA merged "
+                               "in; or that T5 without it, for peft to load the adapter onto"}),
          _path("--backbone", "folder of the backbone that the adapter was made for")]),
     "bench": Command(
         "Measure speed and memory, each as a ratio inside one run",

@@ -91,6 +91,7 @@ def defaults() -> ConfigDict:
             "keep": 3,  # checkpoints
             "microbatches": 1,  # gradient accumulation; divides data.tasks_per_batch
             "z_loss": 1e-4,
+            "label_smoothing": 0.0,
         },
         "optimizer": {
             "name": "adamw",  # 'adamw' | 'adafactor' (T5X's)
@@ -263,7 +264,7 @@ _AT_LEAST: dict[int, tuple[str, ...]] = {
 }
 _ABOVE_ZERO = ("adapter.lora_alpha", "optimizer.learning_rate",
                "optimizer.head_learning_rate_scale", "optimizer.eps")
-_FRACTIONS = ("model.dropout_rate", "optimizer.b1", "optimizer.b2", "optimizer.decay_rate")
+_FRACTIONS = ("model.dropout_rate", "train.label_smoothing", "optimizer.b1", "optimizer.b2", "optimizer.decay_rate")
 
 
 def validate(config: ConfigDict) -> None:
@@ -291,7 +292,7 @@ def validate(config: ConfigDict) -> None:
 def _validate_system(config: ConfigDict) -> None:
     from hyper_t5 import adapters, hypermodels
 
-    choose("system", config.system, getattr(hypermodels, "SYSTEMS", (config.system,)))
+    choose("system", config.system, hypermodels.SYSTEMS)
     if not config.backbone.path and config.system != "concat":
         raise UserError(f"backbone.path is empty: system {config.system} works on a trained "
                         "backbone, which stays frozen; give its folder with --gin.backbone.path=")

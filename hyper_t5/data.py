@@ -33,6 +33,7 @@ __all__ = [
     "TextSampler",
     "eval_episodes",
     "format_conditioning",
+    "held_out_splits",
     "load_tasks",
     "make_sampler",
     "mixture_vocab",
@@ -42,7 +43,8 @@ __all__ = [
 
 # data.mixture -> the module of SeqIO Tasks that knows it. Such a module has
 # `register(data_config, split, vocab) -> name of a seqio.Mixture`, every Task's source has
-# `task_rows() -> TaskRows`. A mixture with a vocabulary of its own has its path as VOCAB_FILE.
+# `task_rows() -> TaskRows`; HELD_OUT names the splits to evaluate on. A mixture with a vocabulary
+# of its own has its path as VOCAB_FILE.
 # A new dataset is one file in tasks/ and one line here.
 MIXTURES = {
     "synthetic": "hyper_t5.tasks.synthetic",
@@ -87,13 +89,7 @@ def load_tasks(mixture: str, data_config: Any, split: str, vocab: Vocabulary) ->
     Raises:
         UserError: unknown mixture or split, or bad data; names file and field.
     """
-    if mixture not in MIXTURES:
-        near = difflib.get_close_matches(mixture, MIXTURES, 1, 0.0)[0]
-        raise UserError(
-            f"data.mixture={mixture!r} is unknown; known are {', '.join(sorted(MIXTURES))} "
-            f"(nearest: {near})"
-        )
-    name = importlib.import_module(MIXTURES[mixture]).register(data_config, split, vocab)
+    name = _module(mixture).register(data_config, split, vocab)
     import seqio
 
     found: Any = seqio.get_mixture_or_task(name)
@@ -107,6 +103,21 @@ def load_tasks(mixture: str, data_config: Any, split: str, vocab: Vocabulary) ->
     for field, count in sorted(skipped.items()):
         print(f"{name}: {count} bad rows of {field} skipped (data.on_bad_row='skip')")
     return tasks
+
+
+def held_out_splits(mixture: str) -> tuple[str, ...]:
+    """The splits of a mixture that evaluation is on."""
+    return _module(mixture).HELD_OUT
+
+
+def _module(mixture: str) -> Any:
+    if mixture not in MIXTURES:
+        near = difflib.get_close_matches(mixture, MIXTURES, 1, 0.0)[0]
+        raise UserError(
+            f"data.mixture={mixture!r} is unknown; known are {', '.join(sorted(MIXTURES))} "
+            f"(nearest: {near})"
+        )
+    return importlib.import_module(MIXTURES[mixture])
 
 
 # ------------------------------------------------------------------------ streams of batches

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +114,29 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """Writes `content` with one field a line and a newline at the end."""
-    file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    """Writes `content` with one field a line and a newline at the end; see `write_text`."""
+    write_text(file, json.dumps(content, indent=1) + "\n")
+
+
+def write_json_lines(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes one JSON object a line; see `write_text`."""
+    write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def write_text(file: Path, text: str) -> None:
+    """Writes under another name and moves it there; makes the folder.
+
+    Raises:
+      UserError: it cannot be written (no space, no right to); an earlier file is as it was.
+    """
+    new = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        new.write_text(text, encoding="utf-8")
+        new.replace(file)
+    except OSError as error:
+        new.unlink(missing_ok=True)
+        raise UserError(f"cannot write {file}: {error.strerror}") from error
 
 
 @contextlib.contextmanager

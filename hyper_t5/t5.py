@@ -301,7 +301,7 @@ class Mlp(nn.Module):
 
 class EncoderLayer(nn.Module):
     config: T5Config
-    collect: bool = False  # also return this layer's self-attention keys and values
+    collect: bool = False  # also return this layer's input, and its keys and values of it
 
     @nn.compact
     def __call__(self, x: Array, adapters: Tree, bias: Array, prefix_bias: Array | None,
@@ -309,12 +309,13 @@ class EncoderLayer(nn.Module):
         c = self.config
         drop = _dropout(c, -2, deterministic)
         attention, a = Attention(c, name="attention"), adapters.get("self")
+        start = x
         y = RMSNorm(c.dtype, name="pre_attention_layer_norm")(x)
         key, value = attention.keys_values(y, a)
         x += drop(attention(y, key, value, bias, a, prefix_bias, deterministic))
         y = RMSNorm(c.dtype, name="pre_mlp_layer_norm")(x)
         x += drop(Mlp(c, name="mlp")(y, adapters.get("mlp"), deterministic))
-        return x, (key, value) if self.collect else None
+        return x, (key, value, start) if self.collect else None
 
 
 class DecoderLayer(nn.Module):
@@ -401,8 +402,8 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(self, x: Array, mask: Array, adapters: Adapters | None = None,
                  deterministic: bool = True) -> Any:
-        """x [B, L, D], mask [B, L, L] -> [B, L, D]; with ``collect`` also keys and values
-        [N, B, L, H, K]."""
+        """x [B, L, D], mask [B, L, L] -> [B, L, D]; with ``collect`` also each layer's keys and
+        values [N, B, L, H, K] and its input [N, B, L, D]."""
         c, length = self.config, x.shape[1]
         relpos = RelativeBias(c, bidirectional=True, name="relpos_bias")
         bias = relpos(length, length) + mask_bias(mask)

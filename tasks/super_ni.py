@@ -38,6 +38,8 @@ FEATURES = ("hyper_inputs", "inputs", "targets")
 SHOTS = 2  # examples in a Task's hyper_inputs: the published "Def+2Pos"
 TaskFile = Path | Mapping[str, Any]
 
+HELD_OUT = ("test",)
+
 
 def register(data_config: Any, split: str, vocab: Vocabulary) -> str:
     """Registers one split of `data_config.sni_dir`; returns the Mixture's name.

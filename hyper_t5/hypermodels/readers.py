@@ -1,0 +1,127 @@
+"""Readers: conditioning text -> features, on the modules of a T5 so that its weights start them.
+
+Shapes: T tasks, L conditioning tokens, P gist or prefix tokens, N layers, D width, H heads, K head
+width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+
+from hyper_t5.t5 import Decoder, Encoder, T5Config, TokenEmbedder, pair_mask
+
+Array = jax.Array
+
+
+def right_align(ids: Array) -> Array:
+    """Move the padding of [T, L] rows from the end to the front.
+
+    What follows the text (gist tokens, the backbone's input) then stands at the same distance
+    from it whatever the padding is.
+    """
+    length = ids.shape[-1]
+    shift = length - jnp.sum(ids > 0, -1, keepdims=True)
+    return jnp.take_along_axis(ids, (jnp.arange(length) - shift) % length, -1)
+
+
+@struct.dataclass
+class LayerFeatures:
+    """What a reader knows at each layer of its encoder.
+
+    ``key``/``value`` [N, T, P, H, K] of self-attention, ``states`` [N, T, P, D] (each layer's
+    input), ``output`` [T, P, D] (after the final norm), ``mask`` [T, P], False at padding.
+    """
+
+    key: Array
+    value: Array
+    states: Array
+    output: Array
+    mask: Array
+
+
+class LayerwiseReader(nn.Module):
+    """A T5 encoder over the conditioning, observed layer by layer (ours; no paper).
+
+    With ``gist_tokens`` P > 0 as many learned embeddings follow the text and only their features
+    are returned: the text compressed to P positions (Mu et al. 2023). With 0 the text's own.
+    """
+
+    config: T5Config
+    gist_tokens: int = 0
+
+    @nn.compact
+    def __call__(self, ids: Array, deterministic: bool = True) -> LayerFeatures:
+        """ids [T, L] -> features of P gist tokens, or of all L tokens (P = L)."""
+        c, gists = self.config, self.gist_tokens
+        ids = right_align(ids)
+        x, mask = TokenEmbedder(c, name="token_embedder")(ids), ids > 0
+        if gists:
+            init = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("prefix", "embed"))
+            learned = self.param("gists", init, (gists, c.emb_dim), jnp.float32).astype(c.dtype)
+            x = jnp.concatenate([x, jnp.broadcast_to(learned, (x.shape[0], *learned.shape))], 1)
+            mask = jnp.pad(mask, ((0, 0), (0, gists)), constant_values=True)
+        encoder = Encoder(c, collect=True, name="encoder")
+        output, (key, value, states) = encoder(x, pair_mask(mask, mask), None, deterministic)
+        start = ids.shape[1] if gists else 0
+        return LayerFeatures(key[:, :, start:], value[:, :, start:], states[:, :, start:],
+                             output[:, start:], mask[:, start:])
+
+
+class QueryReader(nn.Module):
+    """The paper's reader: a T5 encoder over the conditioning, and a T5 decoder without causal mask
+    over learned queries that cross-attends it (HyperTuning §3; papers say no more of it)."""
+
+    config: T5Config
+    queries: int
+
+    @nn.compact
+    def __call__(self, ids: Array, deterministic: bool = True) -> Array:
+        """ids [T, L] -> [T, queries, D]."""
+        c, real = self.config, ids > 0
+        embedded = TokenEmbedder(c, name="token_embedder")(ids)
+        memory = Encoder(c, name="encoder")(embedded, pair_mask(real, real), None, deterministic)
+        init = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("prefix", "embed"))
+        learned = self.param("queries", init, (self.queries, c.emb_dim), jnp.float32)
+        x = jnp.broadcast_to(learned.astype(c.dtype), (ids.shape[0], *learned.shape))
+        every = jnp.ones((ids.shape[0], self.queries), bool)
+        return Decoder(c, causal=False, name="decoder")(
+            x, memory, pair_mask(every, every), pair_mask(every, real), None, deterministic)
+
+
+class CrossKeysValues(nn.Module):
+    """A copy of the decoder's cross-attention key and value projections, all layers at once.
+
+    Named so that the backbone's ``decoder/layers/encoder_decoder_attention`` starts it.
+    """
+
+    config: T5Config
+
+    @nn.compact
+    def __call__(self, memory: Array) -> tuple[Array, Array]:
+        """memory [T, P, D] -> keys and values [N, T, P, H, K]."""
+        c = self.config
+        made = []
+        for name in ("key", "value"):
+            init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", batch_axis=(0,))
+            shape = (c.num_decoder_layers, c.emb_dim, c.num_heads * c.head_dim)
+            axes = ("layers", "embed", "joined_kv")
+            kernel = _Kernel(shape, axes, init, name=name)().astype(c.dtype)
+            y = jnp.einsum("tpd,ndf->ntpf", memory.astype(c.dtype), kernel)
+            made.append(y.reshape(*y.shape[:-1], c.num_heads, c.head_dim))
+        return made[0], made[1]
+
+
+class _Kernel(nn.Module):
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    kernel_init: Any
+
+    @nn.compact
+    def __call__(self) -> Array:
+        init = nn.with_logical_partitioning(self.kernel_init, self.axes)
+        return self.param("kernel", init, self.shape, jnp.float32)

@@ -1,0 +1,193 @@
+"""A backbone, a system, and their parameters put together: what every stage and tool runs.
+
+One direction: conditioning ids -> hypermodel -> adapters -> T5. Shapes: T tasks, G examples a task,
+Lh, Li, Lt lengths, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from ml_collections import ConfigDict
+
+from hyper_t5 import checkpoint, hypermodels, names, t5, weights, workdir
+from hyper_t5.adapters import Adapters
+from hyper_t5.config import t5_config
+from hyper_t5.errors import UserError
+from hyper_t5.hypermodels import SYSTEMS, System
+from hyper_t5.vocab import Vocabulary, load_vocab
+
+Array = jax.Array
+Tree = dict[str, Any]
+
+BACKBONE_FOLDER = "backbone"  # in the workdir of a run that trained one
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """Static parts only, so that it can be a static argument of jit. Parameters are passed along:
+
+    ``{"backbone": ..., "hypermodel": ...}``, the latter where the system has one.
+    """
+
+    sizes: t5.T5Config
+    system: str
+    hypermodel: nn.Module | None
+
+    @property
+    def choice(self) -> System:
+        return SYSTEMS[self.system]
+
+    def adapters(self, params: Tree, hyper_inputs: Array, rng: Array | None = None
+                 ) -> Adapters | None:
+        """hyper_inputs [T, Lh] -> the adapters of T tasks; None where the system emits none."""
+        if self.hypermodel is None:
+            return None
+        return self.hypermodel.apply({"params": params["hypermodel"]}, hyper_inputs, rng is None,
+                                     rngs=None if rng is None else {"dropout": rng})
+
+    def logits(self, params: Tree, batch: Tree, rng: Array | None = None) -> Array:
+        """Teacher-forced float32 logits [T*G, Lt, V]; the hypermodel runs once a task."""
+        keys = (None, None) if rng is None else jax.random.split(rng)
+        adapters = self.adapters(params, batch["hyper_inputs"], keys[0])
+        rows = {k: batch[k].reshape(-1, batch[k].shape[-1]) for k in ("inputs", "targets")}
+        return t5.T5(self.sizes).apply(
+            {"params": params["backbone"]}, rows["inputs"], rows["targets"], adapters,
+            deterministic=rng is None, rngs=None if rng is None else {"dropout": keys[1]})
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def generate(model: Model, params: Tree, hyper_inputs: Array) -> Adapters | None:
+    """Adapters of conditioning ids [T, Lh], compiled once a shape."""
+    return model.adapters(params, hyper_inputs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Backbone:
+    """A backbone as loaded from ``backbone.path``."""
+
+    sizes: t5.T5Config
+    params: Tree
+    vocab: Vocabulary
+
+
+def load_backbone(path: str | Path, config: ConfigDict, dtype: str = "float32") -> Backbone:
+    """Read ``path`` (native, T5X or Hugging Face folder, or the workdir of a run that trained it).
+
+    The folder decides sizes and, where it has one, vocabulary; ``config.model`` only how to compute
+    (dtype, remat, dropout).
+    """
+    path = Path(path)
+    if (path / BACKBONE_FOLDER / "config.json").is_file():
+        path = path / BACKBONE_FOLDER
+    sizes, params, identity = weights.load_backbone(path, dtype=dtype)
+    how = {k: config.model[k] for k in ("dtype", "remat", "dropout_rate", "scan_unroll")}
+    vocab = load_vocab(identity, path) if identity else _config_vocab(config)
+    if vocab.size > sizes.vocab_size:
+        raise UserError(f"{path}: embeds {sizes.vocab_size} ids, but data.vocab "
+                        f"{config.data.vocab or 'of the mixture'} has {vocab.size}; give its own")
+    return Backbone(dataclasses.replace(sizes, **how), params, vocab)
+
+
+def _config_vocab(config: ConfigDict) -> Vocabulary:
+    from hyper_t5.data import mixture_vocab
+
+    return mixture_vocab(config.data)
+
+
+def new_backbone(config: ConfigDict) -> Backbone:
+    """A randomly initialised backbone of ``config.model``'s sizes; its vocabulary must fit in."""
+    sizes, vocab = t5_config(config), _config_vocab(config)
+    if vocab.size > sizes.vocab_size:
+        raise UserError(f"model.vocab_size={sizes.vocab_size} is too small for the {vocab.size} "
+                        "ids of data.vocab; raise it")
+    params = jax.jit(functools.partial(t5.init_params, sizes))(jax.random.key(config.seed))
+    return Backbone(sizes, params, vocab)
+
+
+def build(config: ConfigDict, sizes: t5.T5Config) -> Model:
+    """The static parts of ``config.system`` on a backbone of these sizes."""
+    make = SYSTEMS[config.system].build
+    return Model(sizes, config.system, make(config, sizes) if make else None)
+
+
+def start(config: ConfigDict) -> tuple[Model, Backbone, Tree, Tree]:
+    """(model, backbone, trained parameters, frozen parameters) at step 0 of a run.
+
+    The hypermodel starts from ``hypermodel.path`` if given (another run's hand-over), else from the
+    backbone's weights, else at random.
+    """
+    backbone = (load_backbone(config.backbone.path, config, config.backbone.dtype)
+                if config.backbone.path else new_backbone(config))
+    model = build(config, backbone.sizes)
+    if model.choice.trains != "hypermodel":
+        params = jax.tree.map(jnp.asarray, backbone.params)
+        return (model, backbone, {"backbone": params}, {}) if model.choice.trains else (
+            model, backbone, {}, {"backbone": params})
+    assert model.hypermodel is not None
+    copied = backbone.params if config.hypermodel.init == "backbone" else None
+    fresh = hypermodels.init_params(model.hypermodel, jax.random.key(config.seed), copied)
+    if config.hypermodel.path:
+        fresh = hand_over(config.hypermodel.path, fresh, backbone)
+    frozen = jax.tree.map(jnp.asarray, backbone.params)
+    return model, backbone, {"hypermodel": fresh}, {"backbone": frozen}
+
+
+def hand_over(path: str, fresh: Tree, backbone: Backbone) -> Tree:
+    """The hypermodel of another run, checked leaf by leaf against a fresh one."""
+    found, meta = checkpoint.load_subtree(path, "params/hypermodel")
+    weights.check_compatible(backbone.sizes, backbone.vocab.identity(), meta.get("backbone", {}),
+                             digest=names.digest(backbone.params), where=str(path))
+    have = {jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_leaves_with_path(found)}
+    for key, leaf in jax.tree_util.tree_leaves_with_path(fresh):
+        name = jax.tree_util.keystr(key)
+        if name not in have or have[name].shape != leaf.shape:
+            shape = have[name].shape if name in have else "missing"
+            raise UserError(f"hypermodel.path {path}: hypermodel{name} is {shape}, this run needs "
+                            f"{leaf.shape}; give the same system, reader and adapter sizes")
+    return jax.tree.map(jnp.asarray, found)
+
+
+def meta_of(config: ConfigDict, backbone: Backbone) -> dict[str, Any]:
+    """What a checkpoint says of itself: config, and which backbone it belongs to."""
+    identity = backbone.vocab.identity()
+    return {"config": config.to_dict(),
+            "backbone": weights.backbone_meta(backbone.sizes, identity, backbone.params)}
+
+
+def load_run(folder: str | Path, overrides: Any = ()) -> tuple[ConfigDict, Model, Backbone, Tree]:
+    """A trained run: (config, model, backbone, all parameters), for evaluation and use."""
+    config = workdir.load_config(folder, overrides)
+    if SYSTEMS[config.system].trains == "backbone":
+        backbone = load_backbone(folder, config)
+        return config, build(config, backbone.sizes), backbone, {"backbone": backbone.params}
+    backbone = load_backbone(config.backbone.path, config, config.backbone.dtype)
+    model = build(config, backbone.sizes)
+    params: Tree = {"backbone": jax.tree.map(jnp.asarray, backbone.params)}
+    if model.hypermodel is not None:
+        fresh = jax.eval_shape(
+            functools.partial(hypermodels.init_params, model.hypermodel), jax.random.key(0))
+        params["hypermodel"] = hand_over(str(folder), fresh, backbone)
+    return config, model, backbone, params
+
+
+def step_of(folder: str | Path) -> int:
+    """The newest checkpointed step of a run; 0 where nothing was trained."""
+    return checkpoint.latest_step(folder) or 0
+
+
+def trained_parameters(m: Model, params: Tree) -> int:
+    """How many parameters the system trains."""
+    return count(params[m.choice.trains]) if m.choice.trains else 0
+
+
+def count(tree: Tree) -> int:
+    """Numbers in a parameter tree."""
+    return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))

@@ -1,0 +1,38 @@
+"""Pictures of results. matplotlib is imported when one is drawn, not before."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def compare(reports: Sequence[dict[str, Any]], path: str | Path, metric: str = "strict_match"
+            ) -> Path:
+    """Bars of one metric, a group a split and a bar a system (reports of ``evaluate``)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    splits = list(dict.fromkeys(s for r in reports for s in r["splits"]))
+    figure, axes = pyplot.subplots(figsize=(2 + 2.2 * len(splits) * max(1, len(reports) / 4), 4))
+    width = 0.8 / len(reports)
+    for index, report in enumerate(reports):
+        found = [(i, report["splits"][s]["overall"][metric]) for i, s in enumerate(splits)
+                 if s in report["splits"]]
+        places = [i + (index - (len(reports) - 1) / 2) * width for i, _ in found]
+        bars = axes.bar(places, [v for _, v in found], width * 0.95,
+                        label=report.get("name", report["system"]))
+        axes.bar_label(bars, fmt="%.0f", fontsize=8)
+    axes.set_xticks(range(len(splits)), [s.replace("_", " ") for s in splits])
+    axes.set_ylabel(f"{metric.replace('_', ' ')}, %")
+    axes.set_ylim(0, 108)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    figure.tight_layout()
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return path

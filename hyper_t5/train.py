@@ -1,0 +1,170 @@
+"""Training, either stage: a pure step and the loop around it.
+
+Frozen is structural: ``loss(trained, frozen, batch, rng)`` is differentiated by its first argument
+only, so frozen weights have no gradient, no optimizer state, and no place in the checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+from hyper_t5 import checkpoint, data, losses, metrics, model, names, optim, weights
+from hyper_t5.errors import UserError
+from hyper_t5.model import Model, Tree
+
+Array = jax.Array
+State = dict[str, Any]  # {"params", "opt_state", "step"}: all that a checkpoint holds
+Step = Callable[[State, Tree, Tree, Array], tuple[State, dict[str, Array]]]
+
+
+def loss_sums(m: Model, trained: Tree, frozen: Tree, batch: Tree, rng: Array | None,
+              z_loss: float = 1e-4, label_smoothing: float = 0.0) -> tuple[Array, dict[str, Array]]:
+    """(summed loss, sums and counts) of a batch; see ``losses.token_loss``."""
+    logits = m.logits({**frozen, **trained}, batch, rng)
+    targets = batch["targets"].reshape(-1, batch["targets"].shape[-1])
+    sums = losses.token_loss(logits, targets, targets > 0, z_loss, label_smoothing)
+    return sums["loss"], sums
+
+
+def make_step(m: Model, optimizer: optax.GradientTransformation, config: ConfigDict) -> Step:
+    """The jitted training step: (state, frozen, batch, key) -> (state, metrics as sums)."""
+    parts = config.train.microbatches
+    use_dropout = m.sizes.dropout_rate > 0
+
+    def gradient(trained: Tree, frozen: Tree, batch: Tree, rng: Array) -> tuple[Tree, Tree]:
+        def loss(trained: Tree) -> tuple[Array, Tree]:
+            return loss_sums(m, trained, frozen, batch, rng if use_dropout else None,
+                             config.train.z_loss, config.train.label_smoothing)
+
+        grads, sums = jax.grad(loss, has_aux=True)(trained)
+        return grads, sums
+
+    def step(state: State, frozen: Tree, batch: Tree, key: Array) -> tuple[State, Tree]:
+        rng = jax.random.fold_in(key, state["step"])
+        if parts == 1:
+            grads, sums = gradient(state["params"], frozen, batch, rng)
+        else:
+            split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
+
+            def add(total: Tree, part: tuple[Tree, Array]) -> tuple[Tree, None]:
+                made = gradient(state["params"], frozen, *part)
+                return jax.tree.map(jnp.add, total, made), None
+
+            first = (jax.tree.map(lambda x: x[0], split), jax.random.fold_in(rng, 0))
+            shapes = jax.eval_shape(lambda p: gradient(state["params"], frozen, *p), first)
+            zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+            rngs = jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.arange(parts))
+            (grads, sums), _ = jax.lax.scan(add, zero, (split, rngs))
+        # Gradients of the sum; the mean is taken once, over the tokens of the whole batch.
+        grads = jax.tree.map(lambda g: g / jnp.maximum(sums["tokens"], 1.0), grads)
+        updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
+        params = optax.apply_updates(state["params"], updates)
+        sums["grad_norm"] = optax.global_norm(grads)
+        return {"params": params, "opt_state": opt_state, "step": state["step"] + 1}, sums
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def train(config: ConfigDict, folder: str | Path) -> dict[str, float]:
+    """Run one stage to ``train.steps``, resuming from the workdir's newest checkpoint.
+
+    Returns the last metrics. Raises UserError for what the user can mend, FloatingPointError when
+    the loss is no longer finite (nothing non-finite is saved).
+    """
+    folder = Path(folder)
+    # ------------------------------------------------------------ model, data, optimizer, state
+    m, backbone, trained, frozen = model.start(config)
+    if not m.choice.trains:
+        raise UserError(f"system={config.system} has nothing to train; evaluate it with "
+                        "`hyper-t5 evaluate`, or choose another system")
+    optimizer = optim.make_optimizer(config.optimizer, config.train.steps)
+    state: State = {"params": trained, "opt_state": jax.jit(optimizer.init)(trained),
+                    "step": jnp.zeros((), jnp.int32)}
+    meta = model.meta_of(config, backbone)
+    if checkpoint.latest_step(folder) is not None:
+        state = _resume(folder, state, backbone, m)
+    first = int(state["step"])
+    print(f"{config.stage}: system {config.system}, trains {model.count(trained):,} parameters, "
+          f"{model.count(frozen):,} are frozen; steps {first} to {config.train.steps}", flush=True)
+    if first >= config.train.steps:
+        _keep_backbone(folder, m, backbone, state["params"])
+        return {}
+    sampler = data.make_sampler(config, backbone.vocab, m.choice.concat)
+    step = make_step(m, optimizer, config)
+    key = jax.random.key(config.seed)
+    rate = optim.schedule(config.optimizer, config.train.steps)
+    progress = metrics.Progress(config.train.steps)
+    started, last = time.monotonic(), {}
+
+    # --------------------------------------------------------------------------------- the loop
+    batches = data.train_batches(sampler, first)
+    with metrics.Writer(folder, first) as writer, checkpoint.Checkpointer(
+            folder, config.train.keep) as saver:
+        waiting: list[tuple[int, dict[str, Array]]] = []
+        for index in range(first, config.train.steps):
+            batch = next(batches)
+            state, sums = step(state, frozen, batch, key)
+            progress.count(batch["targets"].shape[0] * batch["targets"].shape[1],
+                           sum(int(np.count_nonzero(x)) for x in batch.values()))
+            # Sums are fetched only when a line is due, so that the device never waits for the host.
+            waiting.append((index + 1, sums))
+            done = index + 1 == config.train.steps
+            save = done or (index + 1) % config.train.save_every == 0
+            if save or (index + 1) % config.train.log_every == 0:
+                last = _mean_of(waiting)
+                waiting = []
+                line = {k: last[k] for k in ("loss", "accuracy", "exact")}
+                last |= progress.report(index + 1, line)
+                last |= {"learning_rate": float(rate(index)),
+                         "seconds": time.monotonic() - started}
+                writer.write(index + 1, last | {f"data/{k}": v for k, v in sampler.stats.items()})
+                _check_finite(last, index + 1)
+            saver.poll()
+            if save:
+                saver.save(index + 1, state, meta)
+    _keep_backbone(folder, m, backbone, state["params"])
+    return last
+
+
+def _mean_of(waiting: list[tuple[int, dict[str, Array]]]) -> dict[str, float]:
+    """Means over the steps since the last line; fetches them from the device."""
+    sums = [jax.device_get(s) for _, s in waiting]
+    total = {k: float(np.sum([s[k] for s in sums], dtype=np.float64)) for k in sums[0]}
+    tokens, rows = max(total["tokens"], 1.0), max(total["rows"], 1.0)
+    return {"loss": total["loss"] / tokens, "z_loss": total["z_loss"] / tokens,
+            "accuracy": total["correct"] / tokens, "exact": total["exact"] / rows,
+            "grad_norm": total["grad_norm"] / len(sums)}
+
+
+def _check_finite(values: dict[str, float], step: int) -> None:
+    for name in ("loss", "grad_norm"):
+        if not math.isfinite(values[name]):
+            raise FloatingPointError(
+                f"{name} is {values[name]} at step {step}; the checkpoints before it are good: "
+                "lower optimizer.learning_rate or set optimizer.clip_norm, and start again")
+
+
+def _resume(folder: Path, state: State, backbone: model.Backbone, m: Model) -> State:
+    meta = checkpoint.read_meta(folder)
+    digest = names.digest(backbone.params) if m.choice.trains == "hypermodel" else None
+    weights.check_compatible(backbone.sizes, backbone.vocab.identity(), meta.get("backbone", {}),
+                             digest=digest, where=f"checkpoint in {folder}")
+    state, _ = checkpoint.restore(folder, None, state)
+    return state
+
+
+def _keep_backbone(folder: Path, m: Model, backbone: model.Backbone, trained: Tree) -> None:
+    """A run that trained a backbone leaves it as a folder that ``backbone.path`` can name."""
+    if m.choice.trains == "backbone":
+        params = jax.tree.map(np.asarray, trained["backbone"])
+        weights.save_native(folder / model.BACKBONE_FOLDER, backbone.sizes, params, backbone.vocab)
