@@ -97,7 +97,10 @@ def test_script_parses(script: str, repo_root: Path) -> None:
 UV = """#!/bin/sh
 [ "$HAS_UV" = yes ] || exit 127
 case "$1" in
-  venv) for last; do :; done; "$REAL" -m venv --clear --without-pip "$last" ;;
+  venv)
+    case "$*" in *--clear*) clear=--clear ;; esac
+    for last; do :; done
+    "$REAL" -m venv $clear --without-pip "$last" ;;
   pip) echo "install $*" >>"$LOG"; exit "$INSTALL_EXIT" ;;
 esac
 """
@@ -105,7 +108,7 @@ esac
 # A Python whose new environments have a pip, and a pytest, that only write down their arguments.
 PYTHON = """#!/bin/sh
 if [ "$1 $2" = "-m venv" ]; then
-  "$REAL" -m venv --clear --without-pip "$4"
+  "$REAL" -m venv "$3" --without-pip "$4"
   for name in pip pytest; do cp "$STAND_INS/$name.py" "$4"/lib/python3*/site-packages/; done
 else
   [ -z "$CLAIMS" ] || { echo "$CLAIMS"; exit; }
@@ -128,6 +131,7 @@ class Checkout:
     """A copy of launch/ in a repository of its own, with stand-ins for Python, uv and pip."""
 
     def __init__(self, folder: Path, scripts: Path, tool: str) -> None:
+        self.tool = tool
         self.root = folder / "a checkout"  # the space is on purpose
         self.root.mkdir()
         self.log = folder / "log"
@@ -182,7 +186,8 @@ def checkout(request: pytest.FixtureRequest, tmp_path: Path, repo_root: Path) ->
 def test_second_run_installs_nothing(checkout: Checkout) -> None:
     first = checkout.run()
     assert first.returncode == 0, first.stderr
-    assert len(first.stderr.splitlines()) == 1
+    [line] = first.stderr.splitlines()
+    assert line.startswith(f"setup: installing hyper_t5 into {checkout.venv} with {checkout.tool} ")
     second = checkout.run(cwd=checkout.root)
     assert second.returncode == 0
     assert second.stderr == f"setup: {checkout.venv} is up to date\n"
@@ -227,11 +232,14 @@ def test_half_an_environment_is_made_again(checkout: Checkout) -> None:
 
 
 def test_a_refused_installation_fails_and_is_tried_again(checkout: Checkout) -> None:
-    refused = checkout.run(INSTALL_EXIT="3")
+    checkout.run()
+    (checkout.venv / "kept").touch()
+    refused = checkout.run("--extra", "test", INSTALL_EXIT="3")
     assert refused.returncode == 1
     assert refused.stderr.splitlines()[-1].startswith("setup: the installation failed")
-    assert checkout.run().returncode == 0
-    assert checkout.installs() == ["", ""]
+    assert checkout.run().returncode == 0  # what the refused one left is not known
+    assert (checkout.venv / "kept").exists()
+    assert checkout.installs() == ["", "[test]", ""]
 
 
 def test_another_environment_of_that_name_is_kept(checkout: Checkout) -> None:
