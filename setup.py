@@ -78,7 +78,6 @@ setup(
     package_dir={"hyper_t5": "hyper_t5"} | {name: folder for folder, name in MAPPED.items()},
     package_data={
         "hyper_t5": [
-            "py.typed",
             "assets/**/*.npz",
             "assets/**/*.safetensors",
             "assets/**/*.json",
