@@ -77,14 +77,9 @@ setup(
     packages=packages(),
     package_dir={"hyper_t5": "hyper_t5"} | {name: folder for folder, name in MAPPED.items()},
     package_data={
-        "hyper_t5": [
-            "assets/**/*.npz",
-            "assets/**/*.safetensors",
-            "assets/**/*.json",
-            "assets/**/*.model",
-        ],
+        "hyper_t5": ["assets/**/*"],
+        "hyper_t5.configs": ["**/*.gin", "**/*.json"],
         "hyper_t5.tasks": ["**/*.model", "**/*.json*"],
-        "hyper_t5.configs": ["**/*"],
     },
     install_requires=REQUIRES,
     extras_require=EXTRAS,
