@@ -22,6 +22,7 @@ from hyper_t5.overrides import choose
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
+    """The config of one of the small runs; see above for the arguments."""
     args = parse_args(arg, system="hyper_prefix", stage="mtf", seed=0)
     choose("system", args.system, SYSTEMS)
     config = defaults()
@@ -36,8 +37,15 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.eval.shots = 0
     config.eval.batch = 50
     config.eval.max_rows_per_task = 50
-    config.model.update(vocab_size=800, emb_dim=96, num_heads=4, head_dim=24, mlp_dim=256,
-                        num_encoder_layers=2, num_decoder_layers=2)
+    config.model.update(
+        vocab_size=800,
+        emb_dim=96,
+        num_heads=4,
+        head_dim=24,
+        mlp_dim=256,
+        num_encoder_layers=2,
+        num_decoder_layers=2,
+    )
     if args.system == "concat":
         config.train.steps = 4000
         config.optimizer.name = "adafactor"

@@ -6,7 +6,7 @@ P prefix length. Every leaf leads with ``[N, T]``, so that it rides the scan ove
 the rows of task t, and no others, see slice t.
 
     tree["enc_self"]["query"]  = {"a": [N,T,D,R], "b": [N,T,R,H*K], optional "bias": [N,T,H*K]}
-    tree["enc_self"]["prefix"] = {"key": [N,T,P,H,K], "value": [N,T,P,H,K], optional "mask": [N,T,P]}
+    tree["enc_self"]["prefix"] = {"key", "value": [N,T,P,H,K], optional "mask": bool [N,T,P]}
 
 LoRA's effect is ``y += (x a b + bias) * alpha / R`` (Hu et al. 2021; the bias is PEFT's
 ``lora_bias``). A prefix adds P keys and values that every row of the task may attend to
@@ -63,7 +63,7 @@ class Dims(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class LoraSpec:
-    """Low-rank updates of the projections in ``targets`` (``"enc_self.query"``, ``"dec_mlp.wo"``)."""
+    """Low-rank updates of projections, ``targets`` like ``"enc_self.query"``, ``"dec_mlp.wo"``."""
 
     targets: tuple[str, ...]
     rank: int
@@ -72,6 +72,7 @@ class LoraSpec:
 
     @property
     def scale(self) -> float:
+        """What the product of a and b is multiplied by."""
         return self.alpha / self.rank
 
 
@@ -97,10 +98,12 @@ class AdapterSpec:
     prefix: PrefixSpec | None = None
 
     def to_dict(self) -> dict[str, Any]:
+        """As JSON can hold it."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> AdapterSpec:
+        """Inverse of ``to_dict``; KeyError or TypeError where a field is missing or unknown."""
         lora, prefix = data.get("lora"), data.get("prefix")
         return cls(
             lora=LoraSpec(**{**lora, "targets": tuple(lora["targets"])}) if lora else None,
@@ -117,18 +120,22 @@ class Adapters:
 
     @property
     def num_tasks(self) -> int:
+        """T."""
         return jax.tree.leaves(self.tree)[0].shape[1]
 
 
-def targets_of(sites: Sequence[str], dims: Dims, projections: Sequence[str] = ()) -> tuple[str, ...]:
+def targets_of(
+    sites: Sequence[str], dims: Dims, projections: Sequence[str] = ()
+) -> tuple[str, ...]:
     """Every LoRA target at ``sites``; ``projections`` narrows it (empty: all of them)."""
     mlp = ("wi",) if len(dims.mlp_activations) == 1 else ("wi_0", "wi_1")
-    names = {s: ATTENTION_PROJECTIONS for s in ATTENTION_SITES}
-    names |= {s: (*mlp, "wo") for s in MLP_SITES}
+    names = dict.fromkeys(ATTENTION_SITES, ATTENTION_PROJECTIONS)
+    names |= dict.fromkeys(MLP_SITES, (*mlp, "wo"))
     return tuple(f"{s}.{p}" for s in sites for p in names[s] if not projections or p in projections)
 
 
 def num_layers(site: str, dims: Dims) -> int:
+    """N of the stack that ``site`` is in."""
     return dims.num_encoder_layers if site.startswith("enc") else dims.num_decoder_layers
 
 
@@ -136,9 +143,14 @@ def projection_shape(target: str, dims: Dims) -> tuple[int, int]:
     """(input, output) width of a LoRA target such as ``"dec_cross.value"``."""
     site, _, projection = target.partition(".")
     if target not in targets_of((*ATTENTION_SITES, *MLP_SITES), dims):
-        known = ", ".join(targets_of([site], dims)) if site in (*ATTENTION_SITES, *MLP_SITES) else (
-            ", ".join((*ATTENTION_SITES, *MLP_SITES)))
-        raise UserError(f"adapter.lora_targets: no projection {target!r} in this T5; known: {known}")
+        known = (
+            ", ".join(targets_of([site], dims))
+            if site in (*ATTENTION_SITES, *MLP_SITES)
+            else (", ".join((*ATTENTION_SITES, *MLP_SITES)))
+        )
+        raise UserError(
+            f"adapter.lora_targets: no projection {target!r} in this T5; known: {known}"
+        )
     joined = dims.num_heads * dims.head_dim
     narrow, wide = dims.emb_dim, joined if site in ATTENTION_SITES else dims.mlp_dim
     return (wide, narrow) if projection in ("out", "wo") else (narrow, wide)
@@ -152,6 +164,7 @@ def shapes(spec: AdapterSpec, dims: Dims, num_tasks: int) -> dict[str, Any]:
         for target in spec.lora.targets:
             site, _, projection = target.partition(".")
             n, (fan_in, fan_out) = num_layers(site, dims), projection_shape(target, dims)
+            leaf: dict[str, tuple[int, ...]]
             leaf = {"a": (n, num_tasks, fan_in, rank), "b": (n, num_tasks, rank, fan_out)}
             if spec.lora.bias:
                 leaf["bias"] = (n, num_tasks, fan_out)
@@ -160,15 +173,17 @@ def shapes(spec: AdapterSpec, dims: Dims, num_tasks: int) -> dict[str, Any]:
         for site in spec.prefix.sites:
             if site not in ATTENTION_SITES:
                 raise UserError(f"adapter.prefix_sites: {site!r} is none of {ATTENTION_SITES}")
-            shape = (num_layers(site, dims), num_tasks, spec.prefix.length)
-            shape += (dims.num_heads, dims.head_dim)
+            n, slots = num_layers(site, dims), spec.prefix.length
+            shape = (n, num_tasks, slots, dims.num_heads, dims.head_dim)
             tree.setdefault(site, {})["prefix"] = {"key": shape, "value": shape}
     return tree
 
 
 def zeros(spec: AdapterSpec, dims: Dims, num_tasks: int) -> Adapters:
     """Adapters without effect: LoRA of zeros, prefixes that no row may attend to."""
-    tree = jax.tree.map(jnp.zeros, shapes(spec, dims, num_tasks), is_leaf=lambda x: type(x) is tuple)
+    tree = jax.tree.map(
+        jnp.zeros, shapes(spec, dims, num_tasks), is_leaf=lambda x: type(x) is tuple
+    )
     for site in spec.prefix.sites if spec.prefix else ():
         shape = tree[site]["prefix"]["key"].shape[:3]
         tree[site]["prefix"]["mask"] = jnp.zeros(shape, bool)
@@ -242,14 +257,19 @@ def load(folder: str | os.PathLike[str]) -> tuple[Adapters, dict[str, Any]]:
         spec = AdapterSpec.from_dict(header["spec"])
         flat = load_file(folder / TENSOR_FILE)
     except FileNotFoundError as e:
-        raise UserError(f"{e.filename}: no such file; a native adapter folder holds "
-                        f"{SPEC_FILE} and {TENSOR_FILE} (`hyper-t5 adapt` makes one)") from None
+        raise UserError(
+            f"{e.filename}: no such file; a native adapter folder holds "
+            f"{SPEC_FILE} and {TENSOR_FILE} (`hyper-t5 adapt` makes one)"
+        ) from None
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as e:
-        raise UserError(f"{folder / SPEC_FILE}: not an adapter spec ({e}); make it again with "
-                        "`hyper-t5 adapt`") from None
+        raise UserError(
+            f"{folder / SPEC_FILE}: not an adapter spec ({e}); make it again with `hyper-t5 adapt`"
+        ) from None
     except SafetensorError as e:
-        raise UserError(f"{folder / TENSOR_FILE}: truncated or damaged ({e}); make it again with "
-                        "`hyper-t5 adapt`") from None
+        raise UserError(
+            f"{folder / TENSOR_FILE}: truncated or damaged ({e}); make it again with "
+            "`hyper-t5 adapt`"
+        ) from None
     tree: dict[str, Any] = {}
     for name, value in flat.items():
         node = tree

@@ -60,8 +60,14 @@ def defaults() -> ConfigDict:
             "lora_rank": 16,
             "lora_alpha": 8.0,
             "lora_bias": False,
-            "lora_targets": ("enc_self.query", "enc_self.value", "dec_self.query",
-                             "dec_self.value", "dec_cross.query", "dec_cross.value"),
+            "lora_targets": (
+                "enc_self.query",
+                "enc_self.value",
+                "dec_self.query",
+                "dec_self.value",
+                "dec_cross.query",
+                "dec_cross.value",
+            ),
             "prefix_length": 32,
             "prefix_sites": ("enc_self", "dec_cross"),
             "position_bias": "hf",  # 'hf' | 'zero'
@@ -73,8 +79,11 @@ def defaults() -> ConfigDict:
             "cache_dir": "",  # for tokenised text; '' = the user's cache folder
             "vocab": "",  # '' = the mixture's own | 'bytes' | a SentencePiece .model file
             "extra_ids": 100,  # sentinels at the end of the vocabulary
-            "hyper_length": 128, "input_length": 64, "target_length": 32,  # tokens, EOS included
-            "tasks_per_batch": 8, "examples_per_task": 4,  # rows of a batch: their product
+            "hyper_length": 128,
+            "input_length": 64,
+            "target_length": 32,  # tokens, EOS included
+            "tasks_per_batch": 8,
+            "examples_per_task": 4,  # rows of a batch: their product
             "shots": (0, 2),  # fewest and most examples shown to the hypermodel, per episode
             "use_instruction": True,
             "on_missing_task": "raise",  # 'raise' | 'skip' tasks of a split that have no file
@@ -101,9 +110,13 @@ def defaults() -> ConfigDict:
             "head_learning_rate_scale": 1.0,  # fresh heads may learn faster than the copied rest
             "weight_decay": 0.0,
             "clip_norm": 1.0,  # 0 = no clipping
-            "b1": 0.9, "b2": 0.999, "eps": 1e-8,  # adamw
+            "b1": 0.9,
+            "b2": 0.999,
+            "eps": 1e-8,  # adamw
             # adafactor; step_offset: steps of the run before, so that the decay starts anew
-            "decay_rate": 0.8, "step_offset": 0, "min_dim_size_to_factor": 128,
+            "decay_rate": 0.8,
+            "step_offset": 0,
+            "min_dim_size_to_factor": 128,
             "multiply_by_parameter_scale": True,
         },
         "eval": {
@@ -111,7 +124,8 @@ def defaults() -> ConfigDict:
             "split": "",  # '' = every held-out split of the mixture
             "max_rows_per_task": 100,  # 0 = all
             "batch": 32,  # rows
-            "max_decode_length": 32, "beam_size": 1,
+            "max_decode_length": 32,
+            "beam_size": 1,
             "shots": 2,  # examples shown
         },
     }
@@ -136,8 +150,11 @@ def t5_config(config: ConfigDict) -> T5Config:
 # ---------------------------------------------------------------------- reading and overriding
 
 
-def load(config_arg: str, overrides: Sequence[str | Override] = (),
-         gin_files: Sequence[str | os.PathLike[str]] = ()) -> ConfigDict:
+def load(
+    config_arg: str,
+    overrides: Sequence[str | Override] = (),
+    gin_files: Sequence[str | os.PathLike[str]] = (),
+) -> ConfigDict:
     """The config of ``FILE.py[:arg,...]``, then ``gin_files``, then ``overrides``; locked.
 
     FILE.py is looked for on disk, then among the configs shipped in the package, so that
@@ -147,8 +164,10 @@ def load(config_arg: str, overrides: Sequence[str | Override] = (),
     path = _find_config_file(file + ".py" if colon else file)
     found = _run_config_file(path, arg if colon else None)
     if not isinstance(found, ConfigDict):
-        raise UserError(f"{path}: get_config returns {type(found).__name__}, not a ConfigDict; "
-                        "start from hyper_t5.config.defaults()")
+        raise UserError(
+            f"{path}: get_config returns {type(found).__name__}, not a ConfigDict; "
+            "start from hyper_t5.config.defaults()"
+        )
     config = _typed(found.to_dict(), str(path))
     apply(config, read_overrides(overrides, gin_files))
     return config
@@ -228,10 +247,12 @@ def from_json(text: str, where: str = "config.json") -> ConfigDict:
 def differences(old: ConfigDict, new: ConfigDict, allowed: Sequence[str] = ()) -> list[str]:
     """``field: old -> new`` for each field that differs and matches no pattern of ``allowed``."""
     before, after = flatten(old), flatten(new)
-    return [f"{field}: {before.get(field)!r} -> {after.get(field)!r}"
-            for field in sorted(before.keys() | after.keys())
-            if before.get(field) != after.get(field)
-            and not any(fnmatch.fnmatchcase(field, pattern) for pattern in allowed)]
+    return [
+        f"{field}: {before.get(field)!r} -> {after.get(field)!r}"
+        for field in sorted(before.keys() | after.keys())
+        if before.get(field) != after.get(field)
+        and not any(fnmatch.fnmatchcase(field, pattern) for pattern in allowed)
+    ]
 
 
 # ------------------------------------------------------------------------------------- validation
@@ -252,19 +273,57 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "optimizer.schedule": ("constant", "linear", "cosine", "rsqrt"),
 }
 _AT_LEAST: dict[int, tuple[str, ...]] = {
-    0: ("seed", "hypermodel.gist_tokens", "data.extra_ids", "data.max_instances_per_task",
-        "train.z_loss", "optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.clip_norm",
-        "optimizer.step_offset", "eval.max_rows_per_task", "eval.shots"),
-    1: ("model.vocab_size", "model.emb_dim", "model.num_heads", "model.num_encoder_layers",
-        "model.num_decoder_layers", "model.head_dim", "model.mlp_dim", "adapter.lora_rank",
-        "adapter.prefix_length", "data.hyper_length", "data.input_length", "data.target_length",
-        "data.tasks_per_batch", "data.examples_per_task", "train.steps", "train.log_every",
-        "train.save_every", "train.keep", "train.microbatches", "eval.batch",
-        "eval.max_decode_length", "eval.beam_size"),
+    0: (
+        "seed",
+        "hypermodel.gist_tokens",
+        "data.extra_ids",
+        "data.max_instances_per_task",
+        "train.z_loss",
+        "optimizer.warmup_steps",
+        "optimizer.weight_decay",
+        "optimizer.clip_norm",
+        "optimizer.step_offset",
+        "eval.max_rows_per_task",
+        "eval.shots",
+    ),
+    1: (
+        "model.vocab_size",
+        "model.emb_dim",
+        "model.num_heads",
+        "model.num_encoder_layers",
+        "model.num_decoder_layers",
+        "model.head_dim",
+        "model.mlp_dim",
+        "adapter.lora_rank",
+        "adapter.prefix_length",
+        "data.hyper_length",
+        "data.input_length",
+        "data.target_length",
+        "data.tasks_per_batch",
+        "data.examples_per_task",
+        "train.steps",
+        "train.log_every",
+        "train.save_every",
+        "train.keep",
+        "train.microbatches",
+        "eval.batch",
+        "eval.max_decode_length",
+        "eval.beam_size",
+    ),
 }
-_ABOVE_ZERO = ("adapter.lora_alpha", "optimizer.learning_rate",
-               "optimizer.head_learning_rate_scale", "optimizer.eps")
-_FRACTIONS = ("model.dropout_rate", "train.label_smoothing", "optimizer.b1", "optimizer.b2", "optimizer.decay_rate")
+_ABOVE_ZERO = (
+    "adapter.lora_alpha",
+    "optimizer.learning_rate",
+    "optimizer.head_learning_rate_scale",
+    "optimizer.eps",
+)
+_FRACTIONS = (
+    "model.dropout_rate",
+    "train.label_smoothing",
+    "optimizer.b1",
+    "optimizer.b2",
+    "optimizer.decay_rate",
+)
 
 
 def validate(config: ConfigDict) -> None:
@@ -272,8 +331,10 @@ def validate(config: ConfigDict) -> None:
     flat = flatten(config)
     for field, known in _CHOICES.items():
         if flat[field] == "float16":
-            raise UserError(f"{field}: float16 is refused, because T5's activations exceed its "
-                            "largest number, 65504; use bfloat16")
+            raise UserError(
+                f"{field}: float16 is refused, because T5's activations exceed its "
+                "largest number, 65504; use bfloat16"
+            )
         choose(field, flat[field], known)
     for least, fields in _AT_LEAST.items():
         for field in fields:
@@ -294,14 +355,20 @@ def _validate_system(config: ConfigDict) -> None:
 
     choose("system", config.system, hypermodels.SYSTEMS)
     if not config.backbone.path and config.system != "concat":
-        raise UserError(f"backbone.path is empty: system {config.system} works on a trained "
-                        "backbone, which stays frozen; give its folder with --gin.backbone.path=")
+        raise UserError(
+            f"backbone.path is empty: system {config.system} works on a trained "
+            "backbone, which stays frozen; give its folder with --gin.backbone.path="
+        )
     if config.hypermodel.gist_tokens and config.hypermodel.reader != "layerwise":
-        raise UserError("hypermodel.gist_tokens is for hypermodel.reader=layerwise; set it to 0 "
-                        f"with {config.hypermodel.reader}")
+        raise UserError(
+            "hypermodel.gist_tokens is for hypermodel.reader=layerwise; set it to 0 "
+            f"with {config.hypermodel.reader}"
+        )
     sites = (*adapters.ATTENTION_SITES, *adapters.MLP_SITES)
-    known = {"adapter.lora_targets": adapters.targets_of(sites, t5_config(config)),
-             "adapter.prefix_sites": adapters.ATTENTION_SITES}
+    known = {
+        "adapter.lora_targets": adapters.targets_of(sites, t5_config(config)),
+        "adapter.prefix_sites": adapters.ATTENTION_SITES,
+    }
     for field, names in known.items():
         given = config.adapter[field.partition(".")[2]]
         for name in given:
@@ -313,13 +380,19 @@ def _validate_system(config: ConfigDict) -> None:
 def _validate_batch(config: ConfigDict) -> None:
     data = config.data
     if len(data.shots) != 2 or not 0 <= data.shots[0] <= data.shots[1]:
-        raise UserError("data.shots is the fewest and the most examples shown, such as 0,2; "
-                        f"not {','.join(map(str, data.shots))}")
+        raise UserError(
+            "data.shots is the fewest and the most examples shown, such as 0,2; "
+            f"not {','.join(map(str, data.shots))}"
+        )
     silent = not data.use_instruction and not (data.shots[1] and config.eval.shots)
     if silent and config.stage == "mtf":
-        raise UserError("data.use_instruction=False needs examples, or the hypermodel reads "
-                        f"nothing: data.shots={data.shots[0]},{data.shots[1]} and eval.shots="
-                        f"{config.eval.shots} must allow one")
+        raise UserError(
+            "data.use_instruction=False needs examples, or the hypermodel reads "
+            f"nothing: data.shots={data.shots[0]},{data.shots[1]} and eval.shots="
+            f"{config.eval.shots} must allow one"
+        )
     if data.tasks_per_batch % config.train.microbatches:
-        raise UserError(f"data.tasks_per_batch={data.tasks_per_batch} cannot be cut in "
-                        f"train.microbatches={config.train.microbatches} equal parts")
+        raise UserError(
+            f"data.tasks_per_batch={data.tasks_per_batch} cannot be cut in "
+            f"train.microbatches={config.train.microbatches} equal parts"
+        )

@@ -1,7 +1,7 @@
 """Greedy and beam decoding with a key-value cache; stops when every row has ended.
 
 Semantics are T5X's ``decoding.temperature_sample(topk=1)`` and ``decoding.beam_search``: the first
-decoder input is 0, a row ends with EOS, zeros follow. Shapes: B rows, S steps, K beams, V vocabulary.
+decoder input is 0, a row ends with EOS, zeros follow. Shapes: B rows, L inputs, S steps, K beams.
 """
 
 from __future__ import annotations
@@ -20,9 +20,17 @@ NEVER = -1e7  # log-probability of a beam that must not win
 
 
 @functools.partial(jax.jit, static_argnames=("config", "steps", "beam_size", "alpha", "eos_id"))
-def decode(config: T5Config, params: Any, inputs: Array, adapters: Adapters | None = None, *,
-           steps: int, beam_size: int = 1, alpha: float = 0.6, eos_id: int = 1
-           ) -> tuple[Array, Array]:
+def decode(
+    config: T5Config,
+    params: Any,
+    inputs: Array,
+    adapters: Adapters | None = None,
+    *,
+    steps: int,
+    beam_size: int = 1,
+    alpha: float = 0.6,
+    eos_id: int = 1,
+) -> tuple[Array, Array]:
     """Encode ``inputs [B, L]`` once and decode up to ``steps`` tokens with each row's adapters.
 
     Compiles once per shape. ``beam_size=1`` is greedy.
@@ -43,8 +51,9 @@ def decode(config: T5Config, params: Any, inputs: Array, adapters: Adapters | No
     return _beam(step, state, inputs.shape[0] // beam_size, steps, beam_size, alpha, eos_id)
 
 
-def _greedy(step: Any, state: DecodeState, rows: int, steps: int, eos_id: int
-            ) -> tuple[Array, Array]:
+def _greedy(
+    step: Any, state: DecodeState, rows: int, steps: int, eos_id: int
+) -> tuple[Array, Array]:
     def body(carry: Any) -> Any:
         i, ids, tokens, scores, ended, state = carry
         logits, state = step(tokens, state)
@@ -54,14 +63,21 @@ def _greedy(step: Any, state: DecodeState, rows: int, steps: int, eos_id: int
         ids = jax.lax.dynamic_update_slice(ids, tokens[:, None], (0, i))
         return i + 1, ids, tokens, scores, ended | (tokens == eos_id), state
 
-    start = (0, jnp.zeros((rows, steps), jnp.int32), jnp.zeros(rows, jnp.int32), jnp.zeros(rows),
-             jnp.zeros(rows, bool), state)
+    start = (
+        0,
+        jnp.zeros((rows, steps), jnp.int32),
+        jnp.zeros(rows, jnp.int32),
+        jnp.zeros(rows),
+        jnp.zeros(rows, bool),
+        state,
+    )
     end = jax.lax.while_loop(lambda c: (c[0] < steps) & ~jnp.all(c[4]), body, start)
     return end[1], end[3]
 
 
-def _beam(step: Any, state: DecodeState, rows: int, steps: int, beams: int, alpha: float, eos_id: int
-          ) -> tuple[Array, Array]:
+def _beam(
+    step: Any, state: DecodeState, rows: int, steps: int, beams: int, alpha: float, eos_id: int
+) -> tuple[Array, Array]:
     """Beam search with a set of live and a set of finished beams, best first in each."""
 
     def penalty(length: Any) -> Any:
@@ -94,13 +110,27 @@ def _beam(step: Any, state: DecodeState, rows: int, steps: int, beams: int, alph
         finished = jnp.where(ends, top / penalty(i + 1), NEVER)
         done_scores, best = jax.lax.top_k(jnp.concatenate([done_scores, finished], 1), beams)
         done = pick(jnp.concatenate([done, candidates], 1), best)
-        return (i + 1, pick(candidates, keep), live_scores, done, done_scores, pick(token, keep),
-                state)
+        return (
+            i + 1,
+            pick(candidates, keep),
+            live_scores,
+            done,
+            done_scores,
+            pick(token, keep),
+            state,
+        )
 
     ids = jnp.zeros((rows, beams, steps), jnp.int32)
     only_first = jnp.tile(jnp.where(jnp.arange(beams) == 0, 0.0, NEVER), (rows, 1))
-    start = (0, ids, only_first, ids, jnp.full((rows, beams), NEVER),
-             jnp.zeros((rows, beams), jnp.int32), state)
+    start = (
+        0,
+        ids,
+        only_first,
+        ids,
+        jnp.full((rows, beams), NEVER),
+        jnp.zeros((rows, beams), jnp.int32),
+        state,
+    )
     _, live, live_scores, done, done_scores, _, _ = jax.lax.while_loop(going_on, body, start)
     any_done = done_scores[:, 0] > NEVER
     best = jnp.where(any_done[:, None], done[:, 0], live[:, 0])

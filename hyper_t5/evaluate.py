@@ -45,6 +45,7 @@ def score(prediction: str, references: Sequence[str], rouge: Any) -> Scores:
 
 
 def rouge_scorer() -> Any:
+    """ROUGE-L with the Porter stemmer."""
     from rouge_score import rouge_scorer as library
 
     return library.RougeScorer(["rougeL"], use_stemmer=True)
@@ -58,17 +59,24 @@ def mean_scores(rows: Sequence[Scores]) -> Scores:
 # --------------------------------------------------------------------------------------- generation
 
 
-def predict_task(m: model.Model, params: model.Tree, task: EvalTask, config: ConfigDict
-                 ) -> Iterator[np.ndarray]:
-    """Generated ids of each row of one task. Shapes are fixed, so that all tasks share a compile."""
+def predict_task(
+    m: model.Model, params: model.Tree, task: EvalTask, config: ConfigDict
+) -> Iterator[np.ndarray]:
+    """Generated ids of each row of one task; shapes are fixed: all tasks share a compile."""
     adapters = model.generate(m, params, jnp.asarray(task.hyper_ids)[None])
     size = config.eval.batch
     for first in range(0, len(task.inputs), size):
         rows = task.inputs[first : first + size]
         padded = np.zeros((size, rows.shape[1]), np.int32)
         padded[: len(rows)] = rows
-        ids, _ = decode(m.sizes, params["backbone"], jnp.asarray(padded), adapters,
-                        steps=config.eval.max_decode_length, beam_size=config.eval.beam_size)
+        ids, _ = decode(
+            m.sizes,
+            params["backbone"],
+            jnp.asarray(padded),
+            adapters,
+            steps=config.eval.max_decode_length,
+            beam_size=config.eval.beam_size,
+        )
         yield from np.asarray(ids)[: len(rows)]
 
 
@@ -76,43 +84,72 @@ def splits_of(config: ConfigDict) -> dict[str, str]:
     """split -> mixture to evaluate on: ``eval.split``, or every held-out split of the mixture."""
     mixture = config.eval.mixture or config.data.mixture
     names = [config.eval.split] if config.eval.split else list(data.held_out_splits(mixture))
-    return {name: mixture for name in names}
+    return dict.fromkeys(names, mixture)
 
 
-def evaluate(config: ConfigDict, m: model.Model, backbone: model.Backbone, params: model.Tree
-             ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def evaluate(
+    config: ConfigDict, m: model.Model, backbone: model.Backbone, params: model.Tree
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """(metrics, predictions) of every held-out task."""
-    rouge, predictions, report = rouge_scorer(), [], {}
+    rouge, report = rouge_scorer(), {}
+    predictions: list[dict[str, Any]] = []
     for split, mixture in splits_of(config).items():
         tasks = data.load_tasks(mixture, config.data, split, backbone.vocab)
         episodes = data.eval_episodes(tasks, backbone.vocab, config, m.choice.concat)
-        per_task, began = {}, time.monotonic()
+        per_task: dict[str, Any] = {}
+        began = time.monotonic()
         for number, task in enumerate(episodes, 1):
             rows = []
-            for ids, row, text, refs in zip(predict_task(m, params, task, config), task.ids,
-                                            task.texts, task.references, strict=True):
+            for ids, row, text, refs in zip(
+                predict_task(m, params, task, config),
+                task.ids,
+                task.texts,
+                task.references,
+                strict=True,
+            ):
                 prediction = backbone.vocab.decode(ids.tolist())
                 scores = score(prediction, refs, rouge)
                 rows.append(scores)
-                predictions.append({"split": split, "task": task.name, "id": row, "input": text,
-                                    "references": list(refs), "prediction": prediction, **scores})
-            per_task[task.name] = {"rows": len(rows), "category": task.category,
-                                   **mean_scores(rows)}
+                predictions.append(
+                    {
+                        "split": split,
+                        "task": task.name,
+                        "id": row,
+                        "input": text,
+                        "references": list(refs),
+                        "prediction": prediction,
+                        **scores,
+                    }
+                )
+            per_task[task.name] = {
+                "rows": len(rows),
+                "category": task.category,
+                **mean_scores(rows),
+            }
             if number % 20 == 0 or number == len(episodes):
                 left = (time.monotonic() - began) / number * (len(episodes) - number)
-                print(f"evaluate {split}: task {number}/{len(episodes)}  ETA {left:.0f} s",
-                      flush=True)
+                print(
+                    f"evaluate {split}: task {number}/{len(episodes)}  ETA {left:.0f} s", flush=True
+                )
         overall = mean_scores([r for r in predictions if r["split"] == split])
-        report[split] = {"rows": sum(t["rows"] for t in per_task.values()),
-                         "tasks": len(per_task), "overall": overall, "per_task": per_task}
+        report[split] = {
+            "rows": sum(t["rows"] for t in per_task.values()),
+            "tasks": len(per_task),
+            "overall": overall,
+            "per_task": per_task,
+        }
     return {"system": config.system, "splits": report}, predictions
 
 
 # ------------------------------------------------------------------------------------------ command
 
 
-def evaluate_workdir(workdir: str | Path, overrides: Any = (), out: str | Path | None = None,
-                     compare: Sequence[str | Path] = ()) -> dict[str, Any]:
+def evaluate_workdir(
+    workdir: str | Path,
+    overrides: Any = (),
+    out: str | Path | None = None,
+    compare: Sequence[str | Path] = (),
+) -> dict[str, Any]:
     """Evaluate a run; writes metrics.json, predictions.jsonl and a plot to WORKDIR/eval/STEP.
 
     ``compare``: workdirs or metrics.json files of runs evaluated before, to stand in the same plot
@@ -121,8 +158,11 @@ def evaluate_workdir(workdir: str | Path, overrides: Any = (), out: str | Path |
     config, m, backbone, params = model.load_run(workdir, overrides)
     out = Path(out) if out else Path(workdir) / "eval" / str(model.step_of(workdir))
     report, predictions = evaluate(config, m, backbone, params)
-    report |= {"workdir": str(workdir), "shots": config.eval.shots,
-               "trained_parameters": model.trained_parameters(m, params)}
+    report |= {
+        "workdir": str(workdir),
+        "shots": config.eval.shots,
+        "trained_parameters": model.trained_parameters(m, params),
+    }
     files.write_json_lines(out / "predictions.jsonl", predictions)
     files.write_json(out / "metrics.json", report)
     reports = [report, *(read_report(path) for path in compare)]
@@ -138,8 +178,10 @@ def read_report(path: str | Path) -> dict[str, Any]:
     if path.is_dir():
         steps = sorted((path / "eval").glob("*/metrics.json"), key=lambda p: p.stat().st_mtime)
         if not steps:
-            raise UserError(f"{path}: no eval/*/metrics.json in it; run `hyper-t5 evaluate "
-                            f"--workdir {path}` first")
+            raise UserError(
+                f"{path}: no eval/*/metrics.json in it; run `hyper-t5 evaluate "
+                f"--workdir {path}` first"
+            )
         path = steps[-1]
     try:
         return json.loads(path.read_text())
@@ -151,9 +193,17 @@ def table(reports: Sequence[dict[str, Any]], metrics: Sequence[str] = METRICS) -
     """Systems by splits and metrics, as aligned text."""
     head = ["system", "split", "tasks", *metrics]
     lines = [head] + [
-        [r.get("name", r["system"]), split, str(s["tasks"]),
-         *(f"{s['overall'][m]:.1f}" for m in metrics)]
-        for r in reports for split, s in r["splits"].items()]
+        [
+            r.get("name", r["system"]),
+            split,
+            str(s["tasks"]),
+            *(f"{s['overall'][m]:.1f}" for m in metrics),
+        ]
+        for r in reports
+        for split, s in r["splits"].items()
+    ]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
-                     for line in lines)
+    return "\n".join(
+        "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )

@@ -8,8 +8,13 @@ import jax.numpy as jnp
 Array = jax.Array
 
 
-def token_loss(logits: Array, targets: Array, weights: Array, z_loss: float = 1e-4,
-               label_smoothing: float = 0.0) -> dict[str, Array]:
+def token_loss(
+    logits: Array,
+    targets: Array,
+    weights: Array,
+    z_loss: float = 1e-4,
+    label_smoothing: float = 0.0,
+) -> dict[str, Array]:
     """Cross-entropy with z-loss, as T5X's ``compute_weighted_cross_entropy``.
 
     Args:

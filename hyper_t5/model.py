@@ -32,9 +32,10 @@ BACKBONE_FOLDER = "backbone"  # in the workdir of a run that trained one
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """Static parts only, so that it can be a static argument of jit. Parameters are passed along:
+    """Static parts only, so that it can be a static argument of jit.
 
-    ``{"backbone": ..., "hypermodel": ...}``, the latter where the system has one.
+    Parameters are passed along: ``{"backbone": ..., "hypermodel": ...}``, the latter where the
+    system has one.
     """
 
     sizes: t5.T5Config
@@ -43,15 +44,21 @@ class Model:
 
     @property
     def choice(self) -> System:
+        """What the registry says of the system."""
         return SYSTEMS[self.system]
 
-    def adapters(self, params: Tree, hyper_inputs: Array, rng: Array | None = None
-                 ) -> Adapters | None:
+    def adapters(
+        self, params: Tree, hyper_inputs: Array, rng: Array | None = None
+    ) -> Adapters | None:
         """hyper_inputs [T, Lh] -> the adapters of T tasks; None where the system emits none."""
         if self.hypermodel is None:
             return None
-        return self.hypermodel.apply({"params": params["hypermodel"]}, hyper_inputs, rng is None,
-                                     rngs=None if rng is None else {"dropout": rng})
+        return self.hypermodel.apply(
+            {"params": params["hypermodel"]},
+            hyper_inputs,
+            rng is None,
+            rngs=None if rng is None else {"dropout": rng},
+        )
 
     def logits(self, params: Tree, batch: Tree, rng: Array | None = None) -> Array:
         """Teacher-forced float32 logits [T*G, Lt, V]; the hypermodel runs once a task."""
@@ -59,8 +66,13 @@ class Model:
         adapters = self.adapters(params, batch["hyper_inputs"], keys[0])
         rows = {k: batch[k].reshape(-1, batch[k].shape[-1]) for k in ("inputs", "targets")}
         return t5.T5(self.sizes).apply(
-            {"params": params["backbone"]}, rows["inputs"], rows["targets"], adapters,
-            deterministic=rng is None, rngs=None if rng is None else {"dropout": keys[1]})
+            {"params": params["backbone"]},
+            rows["inputs"],
+            rows["targets"],
+            adapters,
+            deterministic=rng is None,
+            rngs=None if rng is None else {"dropout": keys[1]},
+        )
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -91,8 +103,10 @@ def load_backbone(path: str | Path, config: ConfigDict, dtype: str = "float32") 
     how = {k: config.model[k] for k in ("dtype", "remat", "dropout_rate", "scan_unroll")}
     vocab = load_vocab(identity, path) if identity else _config_vocab(config)
     if vocab.size > sizes.vocab_size:
-        raise UserError(f"{path}: embeds {sizes.vocab_size} ids, but data.vocab "
-                        f"{config.data.vocab or 'of the mixture'} has {vocab.size}; give its own")
+        raise UserError(
+            f"{path}: embeds {sizes.vocab_size} ids, but data.vocab "
+            f"{config.data.vocab or 'of the mixture'} has {vocab.size}; give its own"
+        )
     return Backbone(dataclasses.replace(sizes, **how), params, vocab)
 
 
@@ -106,8 +120,10 @@ def new_backbone(config: ConfigDict) -> Backbone:
     """A randomly initialised backbone of ``config.model``'s sizes; its vocabulary must fit in."""
     sizes, vocab = t5_config(config), _config_vocab(config)
     if vocab.size > sizes.vocab_size:
-        raise UserError(f"model.vocab_size={sizes.vocab_size} is too small for the {vocab.size} "
-                        "ids of data.vocab; raise it")
+        raise UserError(
+            f"model.vocab_size={sizes.vocab_size} is too small for the {vocab.size} "
+            "ids of data.vocab; raise it"
+        )
     params = jax.jit(functools.partial(t5.init_params, sizes))(jax.random.key(config.seed))
     return Backbone(sizes, params, vocab)
 
@@ -124,13 +140,19 @@ def start(config: ConfigDict) -> tuple[Model, Backbone, Tree, Tree]:
     The hypermodel starts from ``hypermodel.path`` if given (another run's hand-over), else from the
     backbone's weights, else at random.
     """
-    backbone = (load_backbone(config.backbone.path, config, config.backbone.dtype)
-                if config.backbone.path else new_backbone(config))
+    backbone = (
+        load_backbone(config.backbone.path, config, config.backbone.dtype)
+        if config.backbone.path
+        else new_backbone(config)
+    )
     model = build(config, backbone.sizes)
     if model.choice.trains != "hypermodel":
         params = jax.tree.map(jnp.asarray, backbone.params)
-        return (model, backbone, {"backbone": params}, {}) if model.choice.trains else (
-            model, backbone, {}, {"backbone": params})
+        return (
+            (model, backbone, {"backbone": params}, {})
+            if model.choice.trains
+            else (model, backbone, {}, {"backbone": params})
+        )
     assert model.hypermodel is not None
     copied = backbone.params if config.hypermodel.init == "backbone" else None
     fresh = hypermodels.init_params(model.hypermodel, jax.random.key(config.seed), copied)
@@ -143,37 +165,56 @@ def start(config: ConfigDict) -> tuple[Model, Backbone, Tree, Tree]:
 def hand_over(path: str, fresh: Tree, backbone: Backbone) -> Tree:
     """The hypermodel of another run, checked leaf by leaf against a fresh one."""
     found, meta = checkpoint.load_subtree(path, "params/hypermodel")
-    weights.check_compatible(backbone.sizes, backbone.vocab.identity(), meta.get("backbone", {}),
-                             digest=names.digest(backbone.params), where=str(path))
+    weights.check_compatible(
+        backbone.sizes,
+        backbone.vocab.identity(),
+        meta.get("backbone", {}),
+        digest=names.digest(backbone.params),
+        where=str(path),
+    )
     have = {jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_leaves_with_path(found)}
     for key, leaf in jax.tree_util.tree_leaves_with_path(fresh):
         name = jax.tree_util.keystr(key)
         if name not in have or have[name].shape != leaf.shape:
             shape = have[name].shape if name in have else "missing"
-            raise UserError(f"hypermodel.path {path}: hypermodel{name} is {shape}, this run needs "
-                            f"{leaf.shape}; give the same system, reader and adapter sizes")
+            raise UserError(
+                f"hypermodel.path {path}: hypermodel{name} is {shape}, this run needs "
+                f"{leaf.shape}; give the same system, reader and adapter sizes"
+            )
     return jax.tree.map(jnp.asarray, found)
 
 
 def meta_of(config: ConfigDict, backbone: Backbone) -> dict[str, Any]:
     """What a checkpoint says of itself: config, and which backbone it belongs to."""
     identity = backbone.vocab.identity()
-    return {"config": config.to_dict(),
-            "backbone": weights.backbone_meta(backbone.sizes, identity, backbone.params)}
+    return {
+        "config": config.to_dict(),
+        "backbone": weights.backbone_meta(backbone.sizes, identity, backbone.params),
+    }
 
 
 def load_run(folder: str | Path, overrides: Any = ()) -> tuple[ConfigDict, Model, Backbone, Tree]:
-    """A trained run: (config, model, backbone, all parameters), for evaluation and use."""
+    """A run for evaluation and use: (config, model, backbone, all parameters).
+
+    A run that trained nothing is its ``backbone.path`` as it is.
+    """
     config = workdir.load_config(folder, overrides)
     if SYSTEMS[config.system].trains == "backbone":
-        backbone = load_backbone(folder, config)
-        return config, build(config, backbone.sizes), backbone, {"backbone": backbone.params}
+        path = config.backbone.path
+        backbone = load_backbone(path, config) if path else new_backbone(config)
+        params = backbone.params
+        if checkpoint.latest_step(folder) is not None:
+            params, _ = checkpoint.load_subtree(folder, "params/backbone")
+        params = jax.tree.map(jnp.asarray, params)
+        backbone = dataclasses.replace(backbone, params=params)
+        return config, build(config, backbone.sizes), backbone, {"backbone": params}
     backbone = load_backbone(config.backbone.path, config, config.backbone.dtype)
     model = build(config, backbone.sizes)
-    params: Tree = {"backbone": jax.tree.map(jnp.asarray, backbone.params)}
+    params = {"backbone": jax.tree.map(jnp.asarray, backbone.params)}
     if model.hypermodel is not None:
         fresh = jax.eval_shape(
-            functools.partial(hypermodels.init_params, model.hypermodel), jax.random.key(0))
+            functools.partial(hypermodels.init_params, model.hypermodel), jax.random.key(0)
+        )
         params["hypermodel"] = hand_over(str(folder), fresh, backbone)
     return config, model, backbone, params
 

@@ -38,8 +38,10 @@ def choose(what: str, name: str, known: Collection[str]) -> str:
         return name
     if not known:
         raise UserError(f"unknown {what} {name!r}; there is none")
-    raise UserError(f"unknown {what} {name!r}, the nearest is {nearest(name, known)!r}; "
-                    f"known: {', '.join(known)}")
+    raise UserError(
+        f"unknown {what} {name!r}, the nearest is {nearest(name, known)!r}; "
+        f"known: {', '.join(known)}"
+    )
 
 
 class Override(NamedTuple):
@@ -50,8 +52,9 @@ class Override(NamedTuple):
     where: str
 
 
-def read_overrides(overrides: Sequence[str | Override] = (),
-                   gin_files: Sequence[str | os.PathLike[str]] = ()) -> list[Override]:
+def read_overrides(
+    overrides: Sequence[str | Override] = (), gin_files: Sequence[str | os.PathLike[str]] = ()
+) -> list[Override]:
     """``field=value`` strings and the lines of gin files, files first, as Overrides in order."""
     found = []
     for file in gin_files:
@@ -144,8 +147,14 @@ def _expected(like: Any) -> str:
     return names[type(like)]
 
 
-def set_field(config: ConfigDict, field: str, given: Any, known: Mapping[str, Any], where: str,
-              read: Callable[[Any, Any], Any]) -> None:
+def set_field(
+    config: ConfigDict,
+    field: str,
+    given: Any,
+    known: Mapping[str, Any],
+    where: str,
+    read: Callable[[Any, Any], Any],
+) -> None:
     """Set one field in place to ``read(given, default)``; ``known`` has every field's default.
 
     Raises:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 
-def compare(reports: Sequence[dict[str, Any]], path: str | Path, metric: str = "strict_match"
-            ) -> Path:
+def compare(
+    reports: Sequence[dict[str, Any]], path: str | Path, metric: str = "strict_match"
+) -> Path:
     """Bars of one metric, a group a split and a bar a system (reports of ``evaluate``)."""
     import matplotlib
 
@@ -19,11 +20,15 @@ def compare(reports: Sequence[dict[str, Any]], path: str | Path, metric: str = "
     figure, axes = pyplot.subplots(figsize=(2 + 2.2 * len(splits) * max(1, len(reports) / 4), 4))
     width = 0.8 / len(reports)
     for index, report in enumerate(reports):
-        found = [(i, report["splits"][s]["overall"][metric]) for i, s in enumerate(splits)
-                 if s in report["splits"]]
+        found = [
+            (i, report["splits"][s]["overall"][metric])
+            for i, s in enumerate(splits)
+            if s in report["splits"]
+        ]
         places = [i + (index - (len(reports) - 1) / 2) * width for i, _ in found]
-        bars = axes.bar(places, [v for _, v in found], width * 0.95,
-                        label=report.get("name", report["system"]))
+        bars = axes.bar(
+            places, [v for _, v in found], width * 0.95, label=report.get("name", report["system"])
+        )
         axes.bar_label(bars, fmt="%.0f", fontsize=8)
     axes.set_xticks(range(len(splits)), [s.replace("_", " ") for s in splits])
     axes.set_ylabel(f"{metric.replace('_', ' ')}, %")

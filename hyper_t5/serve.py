@@ -25,8 +25,13 @@ from hyper_t5.vocab import EOS_ID
 # ------------------------------------------------------------------------------------------- adapt
 
 
-def adapt(workdir: str | Path, task: str | Path, out: str | Path, format: str = "native",
-          base_model: str = "") -> Path:
+def adapt(
+    workdir: str | Path,
+    task: str | Path,
+    out: str | Path,
+    format: str = "native",
+    base_model: str = "",
+) -> Path:
     """Read a task file, generate its adapter, write it as a ``native`` or ``peft`` folder.
 
     Shows the hypermodel the instruction and as many examples as it was trained on
@@ -34,21 +39,32 @@ def adapt(workdir: str | Path, task: str | Path, out: str | Path, format: str = 
     """
     config, m, backbone, params = model.load_run(workdir)
     if m.hypermodel is None:
-        raise UserError(f"{workdir}: system={config.system} emits no adapters; adapt needs a run "
-                        "of a hypermodel such as system=hyper_prefix")
+        raise UserError(
+            f"{workdir}: system={config.system} emits no adapters; adapt needs a run "
+            "of a hypermodel such as system=hyper_prefix"
+        )
     instruction, examples = read_task_file(task)
     shown = examples[: config.data.shots[1]] if config.data.shots[1] else []
     ids, dropped = format_conditioning(
-        instruction if config.data.use_instruction else "", shown, backbone.vocab,
-        config.data.hyper_length, where=str(task))
+        instruction if config.data.use_instruction else "",
+        shown,
+        backbone.vocab,
+        config.data.hyper_length,
+        where=str(task),
+    )
     padded = np.zeros((1, config.data.hyper_length), np.int32)
     padded[0, : len(ids)] = ids
     adapters = model.generate(m, params, jnp.asarray(padded))
     assert adapters is not None
-    meta = {"backbone": weights.backbone_meta(backbone.sizes, backbone.vocab.identity(),
-                                              backbone.params),
-            "system": config.system, "instruction": instruction,
-            "examples_shown": len(shown) - dropped, "input_length": config.data.input_length}
+    meta = {
+        "backbone": weights.backbone_meta(
+            backbone.sizes, backbone.vocab.identity(), backbone.params
+        ),
+        "system": config.system,
+        "instruction": instruction,
+        "examples_shown": len(shown) - dropped,
+        "input_length": config.data.input_length,
+    }
     if format == "peft":
         base = base_model or config.backbone.path
         return export_lib.export_peft(out, adapters, backbone.sizes, base)
@@ -58,9 +74,16 @@ def adapt(workdir: str | Path, task: str | Path, out: str | Path, format: str = 
 # ----------------------------------------------------------------------------------------- predict
 
 
-def predict(backbone: str | Path, adapters: Sequence[str | Path], input: str | Path,
-            output: str | Path, *, batch: int = 32, max_decode_length: int = 128,
-            beam_size: int = 1) -> int:
+def predict(
+    backbone: str | Path,
+    adapters: Sequence[str | Path],
+    input: str | Path,
+    output: str | Path,
+    *,
+    batch: int = 32,
+    max_decode_length: int = 128,
+    beam_size: int = 1,
+) -> int:
     """Run a jsonl of ``{"input": ...}`` rows; write the rows with ``"output"`` added, in order.
 
     With several adapters each row says by ``"adapter": NAME`` which folder's it is for; rows of
@@ -70,8 +93,10 @@ def predict(backbone: str | Path, adapters: Sequence[str | Path], input: str | P
     names = [Path(a).name for a in adapters]
     loaded = [_load_adapter(a, base) for a in adapters]
     if len(set(names)) < len(names):
-        raise UserError(f"--adapter: two folders are named {sorted(names)}; rename one, since rows "
-                        "name their adapter by its folder")
+        raise UserError(
+            f"--adapter: two folders are named {sorted(names)}; rename one, since rows "
+            "name their adapter by its folder"
+        )
     rows = _read_rows(Path(input), names)
     ids = [[*base.vocab.encode(row["input"]), EOS_ID] for row in rows]
     length = _bucket(max((len(x) for x in ids), default=1))
@@ -87,8 +112,14 @@ def predict(backbone: str | Path, adapters: Sequence[str | Path], input: str | P
                 block[t, g, : len(ids[i])] = ids[i]
                 places.append((i, t * group + g))
             queues[t] = queue[group:]
-        decoded, _ = decode(base.sizes, base.params, jnp.asarray(block.reshape(-1, length)), every,
-                            steps=max_decode_length, beam_size=beam_size)
+        decoded, _ = decode(
+            base.sizes,
+            base.params,
+            jnp.asarray(block.reshape(-1, length)),
+            every,
+            steps=max_decode_length,
+            beam_size=beam_size,
+        )
         made |= {i: base.vocab.decode(np.asarray(decoded[place]).tolist()) for i, place in places}
         print(f"predict: row {len(made)}/{len(rows)}", flush=True)
     for i, row in enumerate(rows):
@@ -99,8 +130,13 @@ def predict(backbone: str | Path, adapters: Sequence[str | Path], input: str | P
 
 def _load_adapter(folder: str | Path, base: model.Backbone) -> ad.Adapters:
     adapters, meta = ad.load(folder)
-    weights.check_compatible(base.sizes, base.vocab.identity(), meta.get("backbone", {}),
-                             digest=names.digest(base.params), where=str(folder))
+    weights.check_compatible(
+        base.sizes,
+        base.vocab.identity(),
+        meta.get("backbone", {}),
+        digest=names.digest(base.params),
+        where=str(folder),
+    )
     ad.check(adapters, base.sizes, str(folder))
     return adapters
 
@@ -119,13 +155,17 @@ def _read_rows(path: Path, names: list[str]) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as e:
-            raise UserError(f"{path}:{number}: not JSON ({e.msg}); give one object a line") from None
+            raise UserError(
+                f"{path}:{number}: not JSON ({e.msg}); give one object a line"
+            ) from None
         if not isinstance(row, dict) or not isinstance(row.get("input"), str):
             raise UserError(f'{path}:{number}: needs a field "input" with text')
         name = row.setdefault("adapter", names[0] if len(names) == 1 else None)
         if name not in names:
-            raise UserError(f'{path}:{number}: field "adapter" is {name!r}; with several adapters '
-                            f"it names one of {', '.join(names)}")
+            raise UserError(
+                f'{path}:{number}: field "adapter" is {name!r}; with several adapters '
+                f"it names one of {', '.join(names)}"
+            )
         rows.append(row)
     return rows
 

@@ -52,8 +52,14 @@ class T5Config:
 
 
 def _v1_1(emb: int, heads: int, layers: int, mlp: int, **more: Any) -> T5Config:
-    return T5Config(emb_dim=emb, num_heads=heads, num_encoder_layers=layers,
-                    num_decoder_layers=layers, mlp_dim=mlp, **more)
+    return T5Config(
+        emb_dim=emb,
+        num_heads=heads,
+        num_encoder_layers=layers,
+        num_decoder_layers=layers,
+        mlp_dim=mlp,
+        **more,
+    )
 
 
 PRESETS = {
@@ -81,7 +87,7 @@ def preset(name: str, **overrides: Any) -> T5Config:
     return dataclasses.replace(table[name.removeprefix("t5-")], **overrides)
 
 
-# ------------------------------------------------------------------------------------ plain functions
+# ---------------------------------------------------------------------------------- plain functions
 
 
 def lora_delta(x: Array, lora: Tree) -> Array:
@@ -94,8 +100,9 @@ def lora_delta(x: Array, lora: Tree) -> Array:
     return delta.reshape(*x.shape[:-1], -1)
 
 
-def relative_buckets(relative: np.ndarray, bidirectional: bool, buckets: int, max_distance: int
-                     ) -> np.ndarray:
+def relative_buckets(
+    relative: np.ndarray, bidirectional: bool, buckets: int, max_distance: int
+) -> np.ndarray:
     """T5's buckets of ``key position - query position``: exact when near, logarithmic when far."""
     n = -relative.astype(np.int32)
     offset = np.zeros_like(n)
@@ -122,8 +129,15 @@ def expand_diagonals(values: Array, queries: int) -> Array:
     return tiled[:, : queries * m].reshape(heads, queries, m)[:, :, queries - 1 :]
 
 
-def attend(query: Array, key: Array, value: Array, bias: Array, prefix: Tree | None = None,
-           prefix_bias: Array | None = None, dropout: Any = None) -> Array:
+def attend(
+    query: Array,
+    key: Array,
+    value: Array,
+    bias: Array,
+    prefix: Tree | None = None,
+    prefix_bias: Array | None = None,
+    dropout: Any = None,
+) -> Array:
     """Unscaled dot-product attention, softmax in float32.
 
     Args:
@@ -163,8 +177,12 @@ def mask_bias(mask: Array) -> Array:
     return jnp.where(mask, 0.0, MASKED).astype(jnp.float32)[:, None]
 
 
-def pair_mask(queries: Array, keys: Array, query_segments: Array | None = None,
-              key_segments: Array | None = None) -> Array:
+def pair_mask(
+    queries: Array,
+    keys: Array,
+    query_segments: Array | None = None,
+    key_segments: Array | None = None,
+) -> Array:
     """True where both tokens are real and of one packed example: [B, L] x [B, M] -> [B, L, M]."""
     mask = queries.astype(bool)[:, :, None] & keys.astype(bool)[:, None, :]
     if query_segments is not None and key_segments is not None:
@@ -173,14 +191,14 @@ def pair_mask(queries: Array, keys: Array, query_segments: Array | None = None,
 
 
 def shift_right(targets: Array, segments: Array | None = None) -> Array:
-    """Decoder input ids: targets [B, L] one later behind a 0, a 0 too where a new segment starts."""
+    """Decoder input ids: targets [B, L] behind a 0, one later; a 0 too where a segment starts."""
     shifted = jnp.pad(targets, ((0, 0), (1, 0)))[:, :-1]
     if segments is None:
         return shifted
     return jnp.where(segments == jnp.pad(segments, ((0, 0), (1, 0)))[:, :-1], shifted, 0)
 
 
-# -------------------------------------------------------------------------------------------- modules
+# ------------------------------------------------------------------------------------------ modules
 
 
 class Projection(nn.Module):
@@ -239,8 +257,9 @@ class RelativeBias(nn.Module):
 
     def _buckets(self, relative: np.ndarray) -> np.ndarray:
         c = self.config
-        return relative_buckets(relative, self.bidirectional, c.relpos_buckets,
-                                c.relpos_max_distance)
+        return relative_buckets(
+            relative, self.bidirectional, c.relpos_buckets, c.relpos_max_distance
+        )
 
 
 def _dropout(config: T5Config, axis: int, deterministic: bool) -> Any:
@@ -268,9 +287,16 @@ class Attention(nn.Module):
         a = adapters or {}
         return (self._heads(self.key(x, a.get("key"))), self._heads(self.value(x, a.get("value"))))
 
-    def __call__(self, x: Array, key: Array, value: Array, bias: Array,
-                 adapters: Tree | None = None, prefix_bias: Array | None = None,
-                 deterministic: bool = True) -> Array:
+    def __call__(
+        self,
+        x: Array,
+        key: Array,
+        value: Array,
+        bias: Array,
+        adapters: Tree | None = None,
+        prefix_bias: Array | None = None,
+        deterministic: bool = True,
+    ) -> Array:
         a = adapters or {}
         query = self._heads(self.query(x, a.get("query")))
         dropout = None if deterministic else _dropout(self.config, -2, deterministic)
@@ -296,16 +322,21 @@ class Mlp(nn.Module):
             y = Projection(c.mlp_dim, ("embed", "mlp"), init, c.dtype, name=name)(x, a.get(name))
             hidden *= y if act == "linear" else getattr(nn, act)(y)
         hidden = _dropout(c, -2, deterministic)(hidden)
-        return Projection(c.emb_dim, ("mlp", "embed"), init, c.dtype, name="wo")(hidden, a.get("wo"))
+        return Projection(c.emb_dim, ("mlp", "embed"), init, c.dtype, name="wo")(
+            hidden, a.get("wo")
+        )
 
 
 class EncoderLayer(nn.Module):
+    """Self-attention and MLP, each behind a norm and beside a residual."""
+
     config: T5Config
     collect: bool = False  # also return this layer's input, and its keys and values of it
 
     @nn.compact
-    def __call__(self, x: Array, adapters: Tree, bias: Array, prefix_bias: Array | None,
-                 deterministic: bool) -> tuple[Array, Any]:
+    def __call__(
+        self, x: Array, adapters: Tree, bias: Array, prefix_bias: Array | None, deterministic: bool
+    ) -> tuple[Array, Any]:
         c = self.config
         drop = _dropout(c, -2, deterministic)
         attention, a = Attention(c, name="attention"), adapters.get("self")
@@ -319,6 +350,8 @@ class EncoderLayer(nn.Module):
 
 
 class DecoderLayer(nn.Module):
+    """Self-attention, cross-attention and MLP, each behind a norm and beside a residual."""
+
     config: T5Config
 
     def setup(self) -> None:
@@ -331,13 +364,23 @@ class DecoderLayer(nn.Module):
         self.mlp = Mlp(c)
         self.dropout = nn.Dropout(c.dropout_rate, broadcast_dims=(-2,))
 
-    def __call__(self, x: Array | None, layer: Tree, memory: Array | None, bias: Any = None,
-                 memory_bias: Any = None, prefix_bias: Any = None, index: Any = None,
-                 deterministic: bool = True) -> tuple[Any, Any]:
-        """``layer``: this layer's ``adapters`` and, when decoding by steps, its ``self`` cache
-        (keys, values [B, S, H, K], written at ``index``) and ``cross`` keys and values.
+    def __call__(
+        self,
+        x: Array | None,
+        layer: Tree,
+        memory: Any,
+        bias: Any = None,
+        memory_bias: Any = None,
+        prefix_bias: Any = None,
+        index: Any = None,
+        deterministic: bool = True,
+    ) -> tuple[Any, Any]:
+        """x [B, L, D] -> [B, L, D] and the cache after it.
 
-        Without x it only returns the memory's keys and values: decoding computes them once."""
+        ``layer`` holds this layer's ``adapters`` and, when decoding by steps, its ``self`` cache
+        (keys, values [B, S, H, K], written at ``index``) and ``cross`` keys and values.
+        Without x it only returns the memory's keys and values: decoding computes them once.
+        """
         a = layer["adapters"]
         if x is None:
             return None, self.encoder_decoder_attention.keys_values(memory, a.get("cross"))
@@ -350,7 +393,9 @@ class DecoderLayer(nn.Module):
                 jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), index, 1)
                 for old, new in zip(layer["self"], (key, value), strict=True)
             )
-        x += drop(self.self_attention(y, key, value, bias, a.get("self"), prefix_bias, deterministic))
+        x += drop(
+            self.self_attention(y, key, value, bias, a.get("self"), prefix_bias, deterministic)
+        )
         y = self.pre_cross_attention_layer_norm(x)
         attention, cross = self.encoder_decoder_attention, a.get("cross")
         key, value = attention.keys_values(memory, cross) if index is None else layer["cross"]
@@ -368,11 +413,19 @@ def _scan(layer: Any, config: T5Config, length: int, broadcasts: int) -> Any:
     """
     policies = {"full": None, "minimal": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims}
     if config.remat != "none":
-        layer = nn.remat(layer, policy=policies[config.remat], prevent_cse=False,
-                         static_argnums=(broadcasts + 2,))
+        layer = nn.remat(
+            layer,
+            policy=policies[config.remat],
+            prevent_cse=False,
+            static_argnums=(broadcasts + 2,),
+        )
     return nn.scan(
-        layer, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True},
-        in_axes=(0, *(nn.broadcast,) * broadcasts), length=length, unroll=config.scan_unroll,
+        layer,
+        variable_axes={"params": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=(0, *(nn.broadcast,) * broadcasts),
+        length=length,
+        unroll=config.scan_unroll,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
 
@@ -400,10 +453,14 @@ class Encoder(nn.Module):
     collect: bool = False
 
     @nn.compact
-    def __call__(self, x: Array, mask: Array, adapters: Adapters | None = None,
-                 deterministic: bool = True) -> Any:
-        """x [B, L, D], mask [B, L, L] -> [B, L, D]; with ``collect`` also each layer's keys and
-        values [N, B, L, H, K] and its input [N, B, L, D]."""
+    def __call__(
+        self, x: Array, mask: Array, adapters: Adapters | None = None, deterministic: bool = True
+    ) -> Any:
+        """x [B, L, D], mask [B, L, L] -> [B, L, D].
+
+        With ``collect`` also each layer's keys and values [N, B, L, H, K] and its input
+        [N, B, L, D].
+        """
         c, length = self.config, x.shape[1]
         relpos = RelativeBias(c, bidirectional=True, name="relpos_bias")
         bias = relpos(length, length) + mask_bias(mask)
@@ -444,8 +501,15 @@ class Decoder(nn.Module):
             self.logits_dense = Projection(c.vocab_size, ("embed", "vocab"), init, "float32")
         self.dropout = nn.Dropout(c.dropout_rate, broadcast_dims=(-2,))
 
-    def __call__(self, x: Array, memory: Array, mask: Array, memory_mask: Array,
-                 adapters: Adapters | None = None, deterministic: bool = True) -> Array:
+    def __call__(
+        self,
+        x: Array,
+        memory: Array,
+        mask: Array,
+        memory_mask: Array,
+        adapters: Adapters | None = None,
+        deterministic: bool = True,
+    ) -> Array:
         """x [B, L, D], memory [B, M, D], mask [B, L, L], memory_mask [B, L, M] -> [B, L, D]."""
         length = x.shape[1]
         if self.causal:
@@ -454,12 +518,14 @@ class Decoder(nn.Module):
         prefix_bias = _prefix_bias(self.relpos_bias, adapters, "dec_self", length)
         x = self.dropout(x, deterministic=deterministic).astype(self.config.dtype)
         layer = {"adapters": _stack_adapters(adapters, _DECODER_SITES)}
-        x, _ = self.layers(x, layer, memory, bias, mask_bias(memory_mask), prefix_bias, None,
-                           deterministic)
+        x, _ = self.layers(
+            x, layer, memory, bias, mask_bias(memory_mask), prefix_bias, None, deterministic
+        )
         return self.dropout(self.decoder_norm(x), deterministic=deterministic)
 
-    def start(self, memory: Array, memory_mask: Array, adapters: Adapters | None, steps: int
-              ) -> DecodeState:
+    def start(
+        self, memory: Array, memory_mask: Array, adapters: Adapters | None, steps: int
+    ) -> DecodeState:
         """State before the first step; memory [B, M, D], memory_mask [B, M]."""
         c = self.config
         layer = {"adapters": _stack_adapters(adapters, _DECODER_SITES)}
@@ -468,19 +534,33 @@ class Decoder(nn.Module):
         empty = jnp.zeros(shape, c.dtype)
         return DecodeState((empty, empty), cross, memory_mask, jnp.zeros((), jnp.int32))
 
-    def step(self, x: Array, state: DecodeState, adapters: Adapters | None
-             ) -> tuple[Array, DecodeState]:
+    def step(
+        self, x: Array, state: DecodeState, adapters: Adapters | None
+    ) -> tuple[Array, DecodeState]:
         """One position, x [B, 1, D] -> [B, 1, D] and the state after it."""
         steps = state.self_kv[0].shape[2]
         seen = jnp.arange(steps)[None, None, :] <= state.index  # [1, 1, S]
         bias = self.relpos_bias(1, steps, state.index) + mask_bias(seen)
         prefix_bias = _prefix_bias(self.relpos_bias, adapters, "dec_self", 1, state.index)
-        layer = {"adapters": _stack_adapters(adapters, _DECODER_SITES), "self": state.self_kv,
-                 "cross": state.cross_kv}
+        layer = {
+            "adapters": _stack_adapters(adapters, _DECODER_SITES),
+            "self": state.self_kv,
+            "cross": state.cross_kv,
+        }
         memory_bias = mask_bias(state.memory_mask[:, None, :])
-        x, cache = self.layers(x.astype(self.config.dtype), layer, None, bias, memory_bias,
-                               prefix_bias, state.index, True)
-        return self.decoder_norm(x), state.replace(self_kv=cache, index=state.index + 1)
+        x, cache = self.layers(
+            x.astype(self.config.dtype),
+            layer,
+            None,
+            bias,
+            memory_bias,
+            prefix_bias,
+            state.index,
+            True,
+        )
+        return self.decoder_norm(x), dataclasses.replace(
+            state, self_kv=cache, index=state.index + 1
+        )
 
 
 _DECODER_SITES = {"self": "dec_self", "cross": "dec_cross", "mlp": "dec_mlp"}
@@ -501,8 +581,13 @@ def _stack_adapters(adapters: Adapters | None, sites: dict[str, str]) -> Tree:
     return tree
 
 
-def _prefix_bias(relpos: RelativeBias, adapters: Adapters | None, site: str, queries: int,
-                 offset: int | Array = 0) -> Array | None:
+def _prefix_bias(
+    relpos: RelativeBias,
+    adapters: Adapters | None,
+    site: str,
+    queries: int,
+    offset: int | Array = 0,
+) -> Array | None:
     """[H, queries, P] for spec.position_bias 'hf': slot j stands P - j places before position 0."""
     spec = adapters.spec.prefix if adapters is not None else None
     if spec is None or site not in spec.sites or spec.position_bias == "zero":
@@ -523,32 +608,50 @@ class T5(nn.Module):
         self.encoder = Encoder(c)
         self.decoder = Decoder(c, logits=not c.logits_via_embedding)
 
-    def __call__(self, inputs: Array, targets: Array, adapters: Adapters | None = None,
-                 decoder_inputs: Array | None = None, input_segments: Array | None = None,
-                 target_segments: Array | None = None, deterministic: bool = True) -> Array:
+    def __call__(
+        self,
+        inputs: Array,
+        targets: Array,
+        adapters: Adapters | None = None,
+        decoder_inputs: Array | None = None,
+        input_segments: Array | None = None,
+        target_segments: Array | None = None,
+        deterministic: bool = True,
+    ) -> Array:
         """inputs [B, L], targets [B, Lt] -> float32 logits [B, Lt, V] (teacher forcing)."""
         encoded = self.encode(inputs, adapters, input_segments, deterministic)
         if decoder_inputs is None:
             decoder_inputs = shift_right(targets, target_segments)
         x = self.decoder(
-            self.token_embedder(decoder_inputs), encoded,
+            self.token_embedder(decoder_inputs),
+            encoded,
             pair_mask(targets, targets, target_segments, target_segments),
-            pair_mask(targets, inputs, target_segments, input_segments), adapters, deterministic)
+            pair_mask(targets, inputs, target_segments, input_segments),
+            adapters,
+            deterministic,
+        )
         return self._logits(x)
 
-    def encode(self, inputs: Array, adapters: Adapters | None = None,
-               segments: Array | None = None, deterministic: bool = True) -> Array:
+    def encode(
+        self,
+        inputs: Array,
+        adapters: Adapters | None = None,
+        segments: Array | None = None,
+        deterministic: bool = True,
+    ) -> Array:
         """inputs [B, L] -> encoder output [B, L, D]."""
         mask = pair_mask(inputs, inputs, segments, segments)
         return self.encoder(self.token_embedder(inputs), mask, adapters, deterministic)
 
-    def start(self, encoded: Array, inputs: Array, adapters: Adapters | None, steps: int
-              ) -> DecodeState:
+    def start(
+        self, encoded: Array, inputs: Array, adapters: Adapters | None, steps: int
+    ) -> DecodeState:
         """Prepare to decode ``steps`` positions of rows that were encoded from ``inputs``."""
         return self.decoder.start(encoded, inputs > 0, adapters, steps)
 
-    def step(self, tokens: Array, state: DecodeState, adapters: Adapters | None = None
-             ) -> tuple[Array, DecodeState]:
+    def step(
+        self, tokens: Array, state: DecodeState, adapters: Adapters | None = None
+    ) -> tuple[Array, DecodeState]:
         """Previous tokens [B] -> float32 logits of the next [B, V], and the state after it."""
         x, state = self.decoder.step(self.token_embedder(tokens[:, None]), state, adapters)
         return self._logits(x)[:, 0], state

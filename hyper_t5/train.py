@@ -27,8 +27,15 @@ State = dict[str, Any]  # {"params", "opt_state", "step"}: all that a checkpoint
 Step = Callable[[State, Tree, Tree, Array], tuple[State, dict[str, Array]]]
 
 
-def loss_sums(m: Model, trained: Tree, frozen: Tree, batch: Tree, rng: Array | None,
-              z_loss: float = 1e-4, label_smoothing: float = 0.0) -> tuple[Array, dict[str, Array]]:
+def loss_sums(
+    m: Model,
+    trained: Tree,
+    frozen: Tree,
+    batch: Tree,
+    rng: Array | None,
+    z_loss: float = 1e-4,
+    label_smoothing: float = 0.0,
+) -> tuple[Array, dict[str, Array]]:
     """(summed loss, sums and counts) of a batch; see ``losses.token_loss``."""
     logits = m.logits({**frozen, **trained}, batch, rng)
     targets = batch["targets"].reshape(-1, batch["targets"].shape[-1])
@@ -43,8 +50,15 @@ def make_step(m: Model, optimizer: optax.GradientTransformation, config: ConfigD
 
     def gradient(trained: Tree, frozen: Tree, batch: Tree, rng: Array) -> tuple[Tree, Tree]:
         def loss(trained: Tree) -> tuple[Array, Tree]:
-            return loss_sums(m, trained, frozen, batch, rng if use_dropout else None,
-                             config.train.z_loss, config.train.label_smoothing)
+            return loss_sums(
+                m,
+                trained,
+                frozen,
+                batch,
+                rng if use_dropout else None,
+                config.train.z_loss,
+                config.train.label_smoothing,
+            )
 
         grads, sums = jax.grad(loss, has_aux=True)(trained)
         return grads, sums
@@ -56,7 +70,7 @@ def make_step(m: Model, optimizer: optax.GradientTransformation, config: ConfigD
         else:
             split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
 
-            def add(total: Tree, part: tuple[Tree, Array]) -> tuple[Tree, None]:
+            def add(total: Any, part: tuple[Tree, Array]) -> tuple[Any, None]:
                 made = gradient(state["params"], frozen, *part)
                 return jax.tree.map(jnp.add, total, made), None
 
@@ -85,17 +99,25 @@ def train(config: ConfigDict, folder: str | Path) -> dict[str, float]:
     # ------------------------------------------------------------ model, data, optimizer, state
     m, backbone, trained, frozen = model.start(config)
     if not m.choice.trains:
-        raise UserError(f"system={config.system} has nothing to train; evaluate it with "
-                        "`hyper-t5 evaluate`, or choose another system")
+        raise UserError(
+            f"system={config.system} has nothing to train; evaluate it with "
+            "`hyper-t5 evaluate`, or choose another system"
+        )
     optimizer = optim.make_optimizer(config.optimizer, config.train.steps)
-    state: State = {"params": trained, "opt_state": jax.jit(optimizer.init)(trained),
-                    "step": jnp.zeros((), jnp.int32)}
+    state: State = {
+        "params": trained,
+        "opt_state": jax.jit(optimizer.init)(trained),
+        "step": jnp.zeros((), jnp.int32),
+    }
     meta = model.meta_of(config, backbone)
     if checkpoint.latest_step(folder) is not None:
         state = _resume(folder, state, backbone, m)
     first = int(state["step"])
-    print(f"{config.stage}: system {config.system}, trains {model.count(trained):,} parameters, "
-          f"{model.count(frozen):,} are frozen; steps {first} to {config.train.steps}", flush=True)
+    print(
+        f"{config.stage}: system {config.system}, trains {model.count(trained):,} parameters, "
+        f"{model.count(frozen):,} are frozen; steps {first} to {config.train.steps}",
+        flush=True,
+    )
     if first >= config.train.steps:
         _keep_backbone(folder, m, backbone, state["params"])
         return {}
@@ -108,14 +130,18 @@ def train(config: ConfigDict, folder: str | Path) -> dict[str, float]:
 
     # --------------------------------------------------------------------------------- the loop
     batches = data.train_batches(sampler, first)
-    with metrics.Writer(folder, first) as writer, checkpoint.Checkpointer(
-            folder, config.train.keep) as saver:
+    with (
+        metrics.Writer(folder, first) as writer,
+        checkpoint.Checkpointer(folder, config.train.keep) as saver,
+    ):
         waiting: list[tuple[int, dict[str, Array]]] = []
         for index in range(first, config.train.steps):
             batch = next(batches)
             state, sums = step(state, frozen, batch, key)
-            progress.count(batch["targets"].shape[0] * batch["targets"].shape[1],
-                           sum(int(np.count_nonzero(x)) for x in batch.values()))
+            progress.count(
+                batch["targets"].shape[0] * batch["targets"].shape[1],
+                sum(int(np.count_nonzero(x)) for x in batch.values()),
+            )
             # Sums are fetched only when a line is due, so that the device never waits for the host.
             waiting.append((index + 1, sums))
             done = index + 1 == config.train.steps
@@ -125,8 +151,7 @@ def train(config: ConfigDict, folder: str | Path) -> dict[str, float]:
                 waiting = []
                 line = {k: last[k] for k in ("loss", "accuracy", "exact")}
                 last |= progress.report(index + 1, line)
-                last |= {"learning_rate": float(rate(index)),
-                         "seconds": time.monotonic() - started}
+                last |= {"learning_rate": float(rate(index)), "seconds": time.monotonic() - started}
                 writer.write(index + 1, last | {f"data/{k}": v for k, v in sampler.stats.items()})
                 _check_finite(last, index + 1)
             saver.poll()
@@ -141,9 +166,13 @@ def _mean_of(waiting: list[tuple[int, dict[str, Array]]]) -> dict[str, float]:
     sums = [jax.device_get(s) for _, s in waiting]
     total = {k: float(np.sum([s[k] for s in sums], dtype=np.float64)) for k in sums[0]}
     tokens, rows = max(total["tokens"], 1.0), max(total["rows"], 1.0)
-    return {"loss": total["loss"] / tokens, "z_loss": total["z_loss"] / tokens,
-            "accuracy": total["correct"] / tokens, "exact": total["exact"] / rows,
-            "grad_norm": total["grad_norm"] / len(sums)}
+    return {
+        "loss": total["loss"] / tokens,
+        "z_loss": total["z_loss"] / tokens,
+        "accuracy": total["correct"] / tokens,
+        "exact": total["exact"] / rows,
+        "grad_norm": total["grad_norm"] / len(sums),
+    }
 
 
 def _check_finite(values: dict[str, float], step: int) -> None:
@@ -151,14 +180,20 @@ def _check_finite(values: dict[str, float], step: int) -> None:
         if not math.isfinite(values[name]):
             raise FloatingPointError(
                 f"{name} is {values[name]} at step {step}; the checkpoints before it are good: "
-                "lower optimizer.learning_rate or set optimizer.clip_norm, and start again")
+                "lower optimizer.learning_rate or set optimizer.clip_norm, and start again"
+            )
 
 
 def _resume(folder: Path, state: State, backbone: model.Backbone, m: Model) -> State:
     meta = checkpoint.read_meta(folder)
     digest = names.digest(backbone.params) if m.choice.trains == "hypermodel" else None
-    weights.check_compatible(backbone.sizes, backbone.vocab.identity(), meta.get("backbone", {}),
-                             digest=digest, where=f"checkpoint in {folder}")
+    weights.check_compatible(
+        backbone.sizes,
+        backbone.vocab.identity(),
+        meta.get("backbone", {}),
+        digest=digest,
+        where=f"checkpoint in {folder}",
+    )
     state, _ = checkpoint.restore(folder, None, state)
     return state
 

@@ -19,19 +19,29 @@ LOCK_FILE = ".lock"
 
 # What a resumed run may change: how long it runs, what it keeps and prints, how it is judged, and
 # where the same data lie. All else would make the continued run another run than either config's.
-RESUME_MAY_CHANGE = ("train.steps", "train.log_every", "train.save_every", "train.keep", "eval.*",
-                     "data.sni_dir", "data.text", "data.cache_dir")
+RESUME_MAY_CHANGE = (
+    "train.steps",
+    "train.log_every",
+    "train.save_every",
+    "train.keep",
+    "eval.*",
+    "data.sni_dir",
+    "data.text",
+    "data.cache_dir",
+)
 
 
-def load_config(workdir: str | os.PathLike[str], overrides: Sequence[str | Override] = ()
-                ) -> ConfigDict:
+def load_config(
+    workdir: str | os.PathLike[str], overrides: Sequence[str | Override] = ()
+) -> ConfigDict:
     """The config that a run wrote to its workdir, with overrides on top; locked."""
     path = Path(workdir) / CONFIG_FILE
     try:
         text = path.read_text()
     except OSError as e:
-        raise UserError(f"{path}: {e.strerror}; give a --workdir that `hyper-t5 train` made"
-                        ) from None
+        raise UserError(
+            f"{path}: {e.strerror}; give a --workdir that `hyper-t5 train` made"
+        ) from None
     config = config_lib.from_json(text, str(path))
     config_lib.apply(config, read_overrides(overrides))
     return config
@@ -48,14 +58,18 @@ def check_resume(workdir: str | os.PathLike[str], config: ConfigDict) -> list[st
     if path.exists():
         old = load_config(folder)
         if refused := config_lib.differences(old, config, RESUME_MAY_CHANGE):
-            raise UserError(f"{folder} holds a run with another config ({'; '.join(refused)}); "
-                            "give its own values to resume it, or another --workdir")
+            raise UserError(
+                f"{folder} holds a run with another config ({'; '.join(refused)}); "
+                "give its own values to resume it, or another --workdir"
+            )
         changes = config_lib.differences(old, config)
         if not changes:
             return []
     elif (folder / "checkpoints").is_dir():
-        raise UserError(f"{folder} holds checkpoints but no {CONFIG_FILE} that says of what; "
-                        "restore that file, or give another --workdir")
+        raise UserError(
+            f"{folder} holds checkpoints but no {CONFIG_FILE} that says of what; "
+            "restore that file, or give another --workdir"
+        )
     _write_atomic(path, config_lib.to_json(config))
     return changes
 
@@ -89,8 +103,10 @@ def hold(workdir: str | os.PathLike[str]) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise UserError(f"{folder} is being trained in by process {file.read().strip()}; "
-                            "wait for it, or give another --workdir") from None
+            raise UserError(
+                f"{folder} is being trained in by process {file.read().strip()}; "
+                "wait for it, or give another --workdir"
+            ) from None
         except OSError:
             pass  # a file system without locks: as safe as without this function
         file.truncate(0)

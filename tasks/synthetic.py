@@ -64,51 +64,82 @@ Items = list[str]
 ORDER: dict[str, tuple[Callable[[Items], Items], list[str], list[str]]] = {
     "reverse": (
         lambda x: x[::-1],
-        ["reverse the {s}s", "put the {s}s in reverse order", "write the {s}s backwards",
-         "list the {s}s from last to first"],
+        [
+            "reverse the {s}s",
+            "put the {s}s in reverse order",
+            "write the {s}s backwards",
+            "list the {s}s from last to first",
+        ],
         ["give the {s}s in backwards order", "list the {s}s in reverse"],
     ),
     "rotate_left": (
         lambda x: x[1:] + x[:1],
-        ["move the first {s} to the end", "put the first {s} behind the others",
-         "take the first {s} and place it after the last one", "shift the {s}s one place to the left"],
+        [
+            "move the first {s} to the end",
+            "put the first {s} behind the others",
+            "take the first {s} and place it after the last one",
+            "shift the {s}s one place to the left",
+        ],
         ["place the first {s} at the end", "take the first {s} and put it behind the last one"],
     ),
     "rotate_right": (
         lambda x: x[-1:] + x[:-1],
-        ["move the last {s} to the front", "put the last {s} ahead of the others",
-         "take the last {s} and place it before the first one",
-         "shift the {s}s one place to the right"],
+        [
+            "move the last {s} to the front",
+            "put the last {s} ahead of the others",
+            "take the last {s} and place it before the first one",
+            "shift the {s}s one place to the right",
+        ],
         ["place the last {s} at the front", "take the last {s} and put it ahead of the first one"],
     ),
     "swap_ends": (
         lambda x: [x[-1], *x[1:-1], x[0]],
-        ["swap the first and the last {s}", "exchange the two outer {s}s",
-         "let the first and last {s} trade places", "switch the {s}s at both ends"],
+        [
+            "swap the first and the last {s}",
+            "exchange the two outer {s}s",
+            "let the first and last {s} trade places",
+            "switch the {s}s at both ends",
+        ],
         ["exchange the first and the last {s}", "let the two outer {s}s trade places"],
     ),
     "drop_first": (
         lambda x: x[1:],
-        ["remove the first {s}", "leave out the first {s}", "drop the {s} at the start",
-         "delete the leading {s}"],
+        [
+            "remove the first {s}",
+            "leave out the first {s}",
+            "drop the {s} at the start",
+            "delete the leading {s}",
+        ],
         ["delete the first {s}", "leave out the {s} at the start"],
     ),
     "drop_last": (
         lambda x: x[:-1],
-        ["remove the last {s}", "leave out the last {s}", "drop the {s} at the end",
-         "delete the final {s}"],
+        [
+            "remove the last {s}",
+            "leave out the last {s}",
+            "drop the {s} at the end",
+            "delete the final {s}",
+        ],
         ["delete the last {s}", "leave out the {s} at the end"],
     ),
     "every_other": (
         lambda x: x[::2],
-        ["keep only the first, third and fifth {s}", "keep every other {s}",
-         "skip every second {s}", "keep the {s}s at odd positions only"],
+        [
+            "keep only the first, third and fifth {s}",
+            "keep every other {s}",
+            "skip every second {s}",
+            "keep the {s}s at odd positions only",
+        ],
         ["keep only every other {s}", "keep only the {s}s at odd positions"],
     ),
     "repeat_first": (
         lambda x: x[:1] + x,
-        ["write the first {s} twice", "repeat the first {s}", "say the leading {s} two times",
-         "double the {s} at the start"],
+        [
+            "write the first {s} twice",
+            "repeat the first {s}",
+            "say the leading {s} two times",
+            "double the {s} at the start",
+        ],
         ["say the first {s} twice", "repeat the leading {s}"],
     ),
 }
@@ -126,121 +157,184 @@ ITEM: dict[str, dict[str, tuple[Callable[[str], str], list[str], list[str]]]] = 
     "letter": {
         "next": (
             _shift(1),
-            ["replace each letter with the next one in the alphabet",
-             "change every letter to its follower in the alphabet", "advance each letter by one",
-             "move every letter one step forward in the alphabet"],
+            [
+                "replace each letter with the next one in the alphabet",
+                "change every letter to its follower in the alphabet",
+                "advance each letter by one",
+                "move every letter one step forward in the alphabet",
+            ],
             ["replace every letter with its follower", "advance every letter one step"],
         ),
         "next_but_one": (
             _shift(2),
-            ["replace each letter with the one two places later in the alphabet",
-             "advance each letter by two", "move every letter two steps forward in the alphabet",
-             "change every letter to the second letter after it"],
+            [
+                "replace each letter with the one two places later in the alphabet",
+                "advance each letter by two",
+                "move every letter two steps forward in the alphabet",
+                "change every letter to the second letter after it",
+            ],
             ["advance every letter two steps", "move each letter forward by two"],
         ),
         "previous": (
             _shift(-1),
-            ["replace each letter with the previous one in the alphabet",
-             "change every letter to the one before it in the alphabet",
-             "move every letter one step back in the alphabet", "lower each letter by one"],
+            [
+                "replace each letter with the previous one in the alphabet",
+                "change every letter to the one before it in the alphabet",
+                "move every letter one step back in the alphabet",
+                "lower each letter by one",
+            ],
             ["replace every letter with the previous one", "move each letter back one step"],
         ),
         "previous_but_one": (
             _shift(-2),
-            ["replace each letter with the one two places earlier in the alphabet",
-             "lower each letter by two", "move every letter two steps back in the alphabet",
-             "change every letter to the second letter before it"],
+            [
+                "replace each letter with the one two places earlier in the alphabet",
+                "lower each letter by two",
+                "move every letter two steps back in the alphabet",
+                "change every letter to the second letter before it",
+            ],
             ["lower every letter two steps", "move each letter back two steps"],
         ),
         "capital": (
             str.upper,
-            ["write each letter as a capital", "change every letter to upper case",
-             "turn the letters into capitals", "make all letters upper case"],
+            [
+                "write each letter as a capital",
+                "change every letter to upper case",
+                "turn the letters into capitals",
+                "make all letters upper case",
+            ],
             ["turn each letter into a capital", "write the letters in upper case"],
         ),
     },
     "number": {
         "plus_one": (
             lambda x: str((int(x) + 1) % 10),
-            ["add one to each number, keeping the last digit", "increase every number by one",
-             "replace each number with its successor", "raise each number by 1"],
+            [
+                "add one to each number, keeping the last digit",
+                "increase every number by one",
+                "replace each number with its successor",
+                "raise each number by 1",
+            ],
             ["add one to every number", "increase each number by 1"],
         ),
         "plus_three": (
             lambda x: str((int(x) + 3) % 10),
-            ["add three to each number, keeping the last digit", "increase every number by three",
-             "raise each number by 3", "make each number three larger"],
+            [
+                "add three to each number, keeping the last digit",
+                "increase every number by three",
+                "raise each number by 3",
+                "make each number three larger",
+            ],
             ["add three to every number", "increase each number by 3"],
         ),
         "from_nine": (
             lambda x: str(9 - int(x)),
-            ["subtract each number from nine", "replace each number with nine minus it",
-             "write how much each number lacks to nine", "take every number away from 9"],
+            [
+                "subtract each number from nine",
+                "replace each number with nine minus it",
+                "write how much each number lacks to nine",
+                "take every number away from 9",
+            ],
             ["subtract every number from 9", "replace every number with nine minus the number"],
         ),
         "double": (
             lambda x: str(2 * int(x) % 10),
-            ["double each number, keeping the last digit", "multiply every number by two",
-             "write twice each number", "replace each number with two times it"],
+            [
+                "double each number, keeping the last digit",
+                "multiply every number by two",
+                "write twice each number",
+                "replace each number with two times it",
+            ],
             ["multiply each number by two", "double every number"],
         ),
         "parity": (
             lambda x: "odd" if int(x) % 2 else "even",
-            ["say for each number whether it is even or odd", "write even or odd for every number",
-             "name the parity of each number", "replace each number with the word odd or even"],
+            [
+                "say for each number whether it is even or odd",
+                "write even or odd for every number",
+                "name the parity of each number",
+                "replace each number with the word odd or even",
+            ],
             ["say even or odd for each number", "write the parity of every number"],
         ),
     },
     "animal": {
         "plural": (
             _animal(0),
-            ["write the plural of each animal", "turn every animal into its plural",
-             "name more than one of each animal", "change each animal to the plural form"],
+            [
+                "write the plural of each animal",
+                "turn every animal into its plural",
+                "name more than one of each animal",
+                "change each animal to the plural form",
+            ],
             ["change every animal to its plural", "name the plural of each animal"],
         ),
         "young": (
             _animal(1),
-            ["name the young of each animal", "replace every animal with its baby",
-             "write what the child of each animal is called", "turn each animal into its young"],
+            [
+                "name the young of each animal",
+                "replace every animal with its baby",
+                "write what the child of each animal is called",
+                "turn each animal into its young",
+            ],
             ["write the young of every animal", "replace each animal with its young"],
         ),
         "home": (
             _animal(2),
-            ["name the home of each animal", "replace every animal with where it lives",
-             "write the place where each animal lives", "turn each animal into its home"],
+            [
+                "name the home of each animal",
+                "replace every animal with where it lives",
+                "write the place where each animal lives",
+                "turn each animal into its home",
+            ],
             ["write the home of every animal", "name where each animal lives"],
         ),
         "sound": (
             _animal(3),
-            ["write the sound of each animal", "replace every animal with the noise it makes",
-             "say what each animal says", "turn each animal into its sound"],
+            [
+                "write the sound of each animal",
+                "replace every animal with the noise it makes",
+                "say what each animal says",
+                "turn each animal into its sound",
+            ],
             ["say the sound of every animal", "write the noise each animal makes"],
         ),
         "initial": (
             lambda x: x[0],
-            ["write the first letter of each animal's name", "replace every animal with its initial",
-             "name the initial of each animal", "shorten each animal to its first letter"],
+            [
+                "write the first letter of each animal's name",
+                "replace every animal with its initial",
+                "name the initial of each animal",
+                "shorten each animal to its first letter",
+            ],
             ["write the initial of every animal", "shorten every animal to its initial"],
         ),
     },
 }
 
-ONE_FRAMES = (["You get five {s}s. {A}.", "{A}.", "Given a list of {s}s, {a}.",
-               "Your task is to {a}."],
-              ["You get a list of {s}s. Your task is to {a}.", "Given five {s}s, {a}."])
-TWO_FRAMES = (["You get five {s}s. {A}, then {b}.", "First {a}. Then {b}.",
-               "Given a list of {s}s, {a} and after that {b}.", "{A}; next, {b}."],
-              ["You get a list of {s}s. First {a}, next {b}.", "Given five {s}s, {a}; then {b}."])
+ONE_FRAMES = (
+    ["You get five {s}s. {A}.", "{A}.", "Given a list of {s}s, {a}.", "Your task is to {a}."],
+    ["You get a list of {s}s. Your task is to {a}.", "Given five {s}s, {a}."],
+)
+TWO_FRAMES = (
+    [
+        "You get five {s}s. {A}, then {b}.",
+        "First {a}. Then {b}.",
+        "Given a list of {s}s, {a} and after that {b}.",
+        "{A}; next, {b}.",
+    ],
+    ["You get a list of {s}s. First {a}, next {b}.", "Given five {s}s, {a}; then {b}."],
+)
 
 
 def _wordings(domain: str, order: str, item: str, held_out: bool, rng: random.Random) -> list[str]:
     """Distinct instructions for one task, from trained or held-out frames and phrases."""
-    parts = [ORDER[order]] if order else []
-    parts += [ITEM[domain][item]] if item else []
+    parts = [ORDER[order][1:]] if order else []
+    parts += [ITEM[domain][item][1:]] if item else []
     frames = (ONE_FRAMES if len(parts) == 1 else TWO_FRAMES)[held_out]
     made: dict[str, None] = {}
     while len(made) < (2 if held_out else 8):
-        phrases = [rng.choice(p[2 if held_out else 1]).format(s=domain) for p in parts]
+        phrases = [rng.choice(p[held_out]).format(s=domain) for p in parts]
         a, b = phrases[0], phrases[-1]
         text = rng.choice(frames).format(s=domain, a=a, b=b, A=a[0].upper() + a[1:])
         made[text] = None
@@ -268,7 +362,9 @@ def _task(domain: str, order: str, item: str, split: str, seed: int) -> dict[str
         "Categories": [f"{domain} {category}"],
         "Positive Examples": [{"input": x, "output": y, "explanation": ""} for x, y in pairs[:8]],
         "Negative Examples": [],
-        "Instances": [{"id": f"{i}", "input": x, "output": [y]} for i, (x, y) in enumerate(pairs[8:])],
+        "Instances": [
+            {"id": f"{i}", "input": x, "output": [y]} for i, (x, y) in enumerate(pairs[8:])
+        ],
     }
 
 
@@ -282,8 +378,11 @@ def suite(seed: int = 0) -> dict[str, dict[str, dict[str, Any]]]:
         trained = [(o, "") for o in ORDER] + [("", i) for i in ITEM[domain]]
         trained += [p for p in pairs if p not in held_out]
         reworded = rng.sample(trained, REWORDED_PER_DOMAIN)
-        for split, keys in (("train", trained), ("unseen_compositions", sorted(held_out)),
-                            ("unseen_wordings", reworded)):
+        for split, keys in (
+            ("train", trained),
+            ("unseen_compositions", sorted(held_out)),
+            ("unseen_wordings", reworded),
+        ):
             for order, item in keys:
                 name = "_".join(x for x in (domain, order, item) if x)
                 made[split][name] = _task(domain, order, item, split, seed)
@@ -313,8 +412,9 @@ def register(data_config: Any, split: str, vocab: Vocabulary) -> str:
     if split not in SPLITS:
         raise UserError(f"split {split!r} is none of the embedded suite's: {', '.join(SPLITS)}")
     tasks = suite()[split]
-    return register_sni_tasks("synthetic", split, tasks, vocab,
-                              max_instances=data_config.max_instances_per_task)
+    return register_sni_tasks(
+        "synthetic", split, tasks, vocab, max_instances=data_config.max_instances_per_task
+    )
 
 
 def write(folder: Path, seed: int = 0) -> None:
@@ -342,14 +442,24 @@ def train_vocabulary(path: Path = VOCAB_FILE, seed: int = 0) -> None:
     for tasks in suite(seed).values():
         for task in tasks.values():
             rows = [f"{row['input']} {row['output'][0]}" for row in task["Instances"][:50]]
-            words.update(re.findall(r"[A-Za-z']+|[0-9]|[.,;:]", " ".join(task["Definition"] + rows)))
+            words.update(
+                re.findall(r"[A-Za-z']+|[0-9]|[.,;:]", " ".join(task["Definition"] + rows))
+            )
     words |= {word.lower() for word in words}
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([word for word in sorted(words) for _ in range(100)]),
-        model_writer=(blob := io.BytesIO()), model_type="bpe", vocab_size=800,
+        model_writer=(blob := io.BytesIO()),
+        model_type="bpe",
+        vocab_size=800,
         user_defined_symbols=["\nInput:", "\nOutput:"],
-        character_coverage=1.0, normalization_rule_name="identity", pad_id=0, eos_id=1, unk_id=2,
-        bos_id=-1, minloglevel=2)
+        character_coverage=1.0,
+        normalization_rule_name="identity",
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
     path.write_bytes(blob.getvalue())
 
 

@@ -323,7 +323,9 @@ def test_resume_may_run_longer_and_records_it(tmp_path: Path, plain: str) -> Non
     workdir.check_resume(tmp_path, config_lib.load(plain))
     longer = config_lib.load(plain, ["train.steps=5000", "eval.split=test", "data.text=moved"])
     assert workdir.check_resume(tmp_path, longer) == [
-        "data.text: '' -> 'moved'", "eval.split: '' -> 'test'", "train.steps: 1000 -> 5000"
+        "data.text: '' -> 'moved'",
+        "eval.split: '' -> 'test'",
+        "train.steps: 1000 -> 5000",
     ]
     assert workdir.load_config(tmp_path).train.steps == 5000
     assert workdir.load_config(tmp_path, ["train.steps=3"]).train.steps == 3
@@ -424,14 +426,16 @@ def test_contradiction_is_refused(plain: str, given: list[str], expected: str) -
 def test_sense_is_not_refused(
     plain: str, given: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hyper_t5.hypermodels.SYSTEMS", {"concat": 0, "hyper_prefix": 0},
-                        raising=False)
+    monkeypatch.setattr(
+        "hyper_t5.hypermodels.SYSTEMS", {"concat": 0, "hyper_prefix": 0}, raising=False
+    )
     config_lib.validate(config_lib.load(plain, [BACKBONE, *given]))
 
 
 def test_unknown_system_names_the_nearest(plain: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hyper_t5.hypermodels.SYSTEMS", {"hyper_lora": 0, "concat": 0},
-                        raising=False)
+    monkeypatch.setattr(
+        "hyper_t5.hypermodels.SYSTEMS", {"hyper_lora": 0, "concat": 0}, raising=False
+    )
     config = config_lib.load(plain, ["system=hyper_lra"])
     with pytest.raises(UserError, match="unknown system 'hyper_lra', the nearest is 'hyper_lora'"):
         config_lib.validate(config)

@@ -66,8 +66,10 @@ class LoraHeads(nn.Module):
             each, name = spec.rank // p, target.replace(".", "_")
             a = Head(each * fan_in, c, 1.0 / fan_in**0.5, name=f"{name}_a")(x)
             b = Head(each * fan_out, c, 0.0, name=f"{name}_b")(x)
-            leaf = {"a": a.reshape(n, t, spec.rank, fan_in).swapaxes(-1, -2),
-                    "b": b.reshape(n, t, spec.rank, fan_out)}
+            leaf = {
+                "a": a.reshape(n, t, spec.rank, fan_in).swapaxes(-1, -2),
+                "b": b.reshape(n, t, spec.rank, fan_out),
+            }
             if spec.bias:
                 leaf["bias"] = jnp.mean(Head(fan_out, c, 0.0, name=f"{name}_bias")(x), 2)
             tree.setdefault(site, {})[projection] = leaf
@@ -75,8 +77,10 @@ class LoraHeads(nn.Module):
 
 
 class PrefixHeads(nn.Module):
-    """Prefixes from query features: one head a tensor emits a slot's vector for all layers
-    (HyperTuning, appendix C, as reported)."""
+    """Prefixes from query features: one head a tensor emits a slot's vector for all layers.
+
+    As reported of HyperTuning's appendix C.
+    """
 
     spec: ad.PrefixSpec
     config: T5Config
@@ -90,8 +94,12 @@ class PrefixHeads(nn.Module):
             n = ad.num_layers(site, c)
             leaf = {}
             for name in ("key", "value"):
-                y = Head(n * c.num_heads * c.head_dim, c, 0.0 if name == "value" else 1e-2,
-                         name=f"{site}_{name}")(features)
+                y = Head(
+                    n * c.num_heads * c.head_dim,
+                    c,
+                    0.0 if name == "value" else 1e-2,
+                    name=f"{site}_{name}",
+                )(features)
                 y = y.reshape(*y.shape[:2], n, c.num_heads, c.head_dim)
                 leaf[name] = jnp.moveaxis(y, 2, 0)
             tree[site] = {"prefix": leaf}

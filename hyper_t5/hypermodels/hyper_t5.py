@@ -41,7 +41,9 @@ class HyperT5(nn.Module):
 
     # Which parameters start as the backbone's (see hypermodels.init_params).
     sources: ClassVar[dict[str, str]] = {
-        "reader": "", "cross": "decoder/layers/encoder_decoder_attention"}
+        "reader": "",
+        "cross": "decoder/layers/encoder_decoder_attention",
+    }
 
     @nn.compact
     def __call__(self, ids: Array, deterministic: bool = True) -> ad.Adapters:
@@ -71,8 +73,10 @@ class HyperT5(nn.Module):
             init = nn.with_logical_partitioning(nn.initializers.normal(0.1), ("layers", "embed"))
             layer = self.param("decoder_layer", init, (n, c.emb_dim), c.dtype)
             decoder = seen.output + layer[:, None, None]
-            features = {s: seen.states if s.startswith("enc") else decoder
-                        for s in (*ad.ATTENTION_SITES, *ad.MLP_SITES)}
+            features = {
+                s: seen.states if s.startswith("enc") else decoder
+                for s in (*ad.ATTENTION_SITES, *ad.MLP_SITES)
+            }
             tree |= LoraHeads(self.spec.lora, c, name="heads")(features)
         return tree
 

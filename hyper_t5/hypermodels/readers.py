@@ -68,13 +68,21 @@ class LayerwiseReader(nn.Module):
         encoder = Encoder(c, collect=True, name="encoder")
         output, (key, value, states) = encoder(x, pair_mask(mask, mask), None, deterministic)
         start = ids.shape[1] if gists else 0
-        return LayerFeatures(key[:, :, start:], value[:, :, start:], states[:, :, start:],
-                             output[:, start:], mask[:, start:])
+        return LayerFeatures(
+            key[:, :, start:],
+            value[:, :, start:],
+            states[:, :, start:],
+            output[:, start:],
+            mask[:, start:],
+        )
 
 
 class QueryReader(nn.Module):
-    """The paper's reader: a T5 encoder over the conditioning, and a T5 decoder without causal mask
-    over learned queries that cross-attends it (HyperTuning §3; papers say no more of it)."""
+    """The paper's reader: a T5 encoder over the conditioning, a T5 decoder over learned queries.
+
+    The decoder has no causal mask and cross-attends the encoder (HyperTuning §3; papers say no more
+    of it).
+    """
 
     config: T5Config
     queries: int
@@ -90,7 +98,8 @@ class QueryReader(nn.Module):
         x = jnp.broadcast_to(learned.astype(c.dtype), (ids.shape[0], *learned.shape))
         every = jnp.ones((ids.shape[0], self.queries), bool)
         return Decoder(c, causal=False, name="decoder")(
-            x, memory, pair_mask(every, every), pair_mask(every, real), None, deterministic)
+            x, memory, pair_mask(every, every), pair_mask(every, real), None, deterministic
+        )
 
 
 class CrossKeysValues(nn.Module):
