@@ -6,7 +6,9 @@ fetches a step late, so that writing never makes the device wait.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import errno
 import json
 import logging
 import math
@@ -16,6 +18,8 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
+
+from hyper_t5.errors import UserError
 
 JSONL, TENSORBOARD = "metrics.jsonl", "tensorboard"
 
@@ -32,19 +36,23 @@ class Writer:
         workdir: folder of the run; made if it is not there.
         step: the step the run goes on from. Later lines are of a run that was cut off after its
             last checkpoint; they are dropped, as those steps are made again.
+
+    Raises:
+        UserError: it cannot be written (no space, no right to).
     """
 
     def __init__(self, workdir: str | os.PathLike[str], step: int = 0) -> None:
-        import tensorboardX  # takes a second, which no other command should pay
-
         workdir = Path(workdir)
-        workdir.mkdir(parents=True, exist_ok=True)
-        path = workdir / JSONL
-        if path.exists():
-            _drop_after(path, step)
-        self._file = path.open("a", encoding="utf-8", buffering=1)
-        # purge_step is how TensorBoard is told to forget: from this step on.
-        self._board = tensorboardX.SummaryWriter(str(workdir / TENSORBOARD), purge_step=step + 1)
+        self._path = workdir / JSONL
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            if self._path.exists():
+                _drop_after(self._path, step)
+            # Unbuffered: what a full disk did not take must not come up again when it is closed.
+            self._file = self._path.open("ab", buffering=0)
+            self._board = _Board(workdir / TENSORBOARD, step)
+        except OSError as error:
+            raise self._write_error(error) from error
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Write the values (host numbers, or numpy scalars) of a step."""
@@ -52,12 +60,22 @@ class Writer:
         numbers = {name: _number(value) for name, value in values.items()}
         line: dict[str, Any] = {"step": step, "time": round(now, 3)}
         line |= {name: _finite(number) for name, number in numbers.items()}
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        for name, number in numbers.items():
-            self._board.add_scalar(name, number, step, now)
+        content = (json.dumps(line, allow_nan=False) + "\n").encode()
+        try:
+            if self._file.write(content) < len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._board.write(step, now, numbers)
+        except OSError as error:
+            raise self._write_error(error) from error
+
+    def _write_error(self, error: OSError) -> UserError:
+        return UserError(
+            f"could not write {self._path} or {TENSORBOARD}/ beside it: {error.strerror}; make "
+            "room there, or choose another --workdir (the checkpoints are as they were)"
+        )
 
     def close(self) -> None:
-        """Write out what is still held back, and close the files."""
+        """Close the files; all that was written is in them already."""
         self._file.close()
         self._board.close()
 
@@ -66,6 +84,44 @@ class Writer:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class _Board:
+    """TensorBoard's event file, written through at each call.
+
+    Not tensorboardX's SummaryWriter: that writes from a thread, which dies of the first error, such
+    as a full disk, and then the run waits for it without end.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        # Takes a second, which no other command should pay.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2, summary_pb2
+
+        folder.mkdir(parents=True, exist_ok=True)
+        # The name holds the time in seconds; a run that goes on within one gets a file of its own.
+        suffix = f".{os.getpid()}.{step}"
+        self._events = EventsWriter(str(folder / "events"), suffix)
+        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        # This is how TensorBoard is told to forget: from this step on.
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._write(step=step + 1, session_log=start)
+
+    def write(self, step: int, now: float, numbers: Mapping[str, float]) -> None:
+        """Write the scalars of a step; `now` is the time in seconds."""
+        scalars = [
+            self._summary.Value(tag=name, simple_value=value) for name, value in numbers.items()
+        ]
+        self._write(step=step, wall_time=now, summary=self._summary(value=scalars))
+
+    def _write(self, **fields: Any) -> None:
+        self._events.write_event(self._event(**fields))
+        self._events.flush()
+
+    def close(self) -> None:
+        """Close the file. What a full disk did not take is given up: it was reported then."""
+        with contextlib.suppress(OSError):
+            self._events.close()
 
 
 class Progress:

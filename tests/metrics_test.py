@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from hyper_t5 import metrics
+from hyper_t5.errors import UserError
 
 
 def lines(workdir: Path) -> list[dict[str, Any]]:
@@ -79,6 +81,24 @@ def test_each_step_stands_there_once_after_a_resume(tmp_path: Path) -> None:
         (30, 31),
     ]
     assert any(event[:2] == ("purge", 21) for event in board(tmp_path))
+
+
+def test_a_full_disk_is_one_clear_error_and_no_wait(tmp_path: Path) -> None:
+    with metrics.Writer(tmp_path) as writer:
+        writer.write(1, {"loss": 1.0})
+        size = (tmp_path / "metrics.jsonl").stat().st_size
+        # As a full disk, for both files; Python ignores the signal that comes with it.
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, before[1]))
+        try:
+            for _ in range(30):  # more than a queue in front of a dead thread would hold
+                with pytest.raises(UserError, match=r"metrics\.jsonl .*: .*; make room there"):
+                    writer.write(2, {"loss": 2.0})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with metrics.Writer(tmp_path, step=1) as writer:  # the half line is dropped
+        writer.write(2, {"loss": 3.0})
+    assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(1, 1.0), (2, 3.0)]
 
 
 def test_progress() -> None:
