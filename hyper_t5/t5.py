@@ -281,6 +281,7 @@ class Attention(nn.Module):
         self.key = make(joined, ("embed", "joined_kv"), fan_in)
         self.value = make(joined, ("embed", "joined_kv"), fan_in)
         self.out = make(c.emb_dim, ("joined_kv", "embed"), fan_in)
+        self.dropout = nn.Dropout(c.dropout_rate, broadcast_dims=(-2,))
 
     def keys_values(self, x: Array, adapters: Tree | None = None) -> tuple[Array, Array]:
         """[B, M, D] -> keys and values [B, M, H, K]."""
@@ -299,7 +300,7 @@ class Attention(nn.Module):
     ) -> Array:
         a = adapters or {}
         query = self._heads(self.query(x, a.get("query")))
-        dropout = None if deterministic else _dropout(self.config, -2, deterministic)
+        dropout = None if deterministic else functools.partial(self.dropout, deterministic=False)
         y = attend(query, key, value, bias, a.get("prefix"), prefix_bias, dropout)
         return self.out(y.reshape(*y.shape[:2], -1), a.get("out"))
 
