@@ -20,8 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import seqio
-import tensorflow as tf
 
 from hyper_t5.errors import UserError
 from hyper_t5.taskfile import (
@@ -31,7 +29,7 @@ from hyper_t5.taskfile import (
     parse_sni_task,
     read_sni_task,
 )
-from hyper_t5.tasks.common import register_once, seqio_name, text_features
+from hyper_t5.tasks.common import register_once, seqio, seqio_name, text_features, tf
 from hyper_t5.vocab import Vocabulary
 
 FEATURES = ("hyper_inputs", "inputs", "targets")

@@ -15,13 +15,10 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
-import seqio
-import tensorflow as tf
-import tensorflow_datasets as tfds
 
 from hyper_t5.errors import UserError
 from hyper_t5.taskfile import OnBadRow
-from hyper_t5.tasks.common import register_once, seqio_name, text_features
+from hyper_t5.tasks.common import register_once, seqio, seqio_name, text_features, tf, tfds
 from hyper_t5.text import (
     MIN_CHUNK,
     ChunkSource,
