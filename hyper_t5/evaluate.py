@@ -124,6 +124,10 @@ def evaluate(
             per_task[task.name] = {
                 "rows": len(rows),
                 "category": task.category,
+                "examples_shown": len(task.shown),
+                "examples_dropped": task.dropped,
+                "instruction_cut": task.truncated_instruction,
+                "inputs_cut": task.truncated_inputs,
                 **mean_scores(rows),
             }
             if number % 20 == 0 or number == len(episodes):
@@ -139,6 +143,19 @@ def evaluate(
             "per_task": per_task,
         }
     return {"system": config.system, "splits": report}, predictions
+
+
+def _amounts(episodes: Sequence[EvalTask]) -> str:
+    """What is judged, and what did not fit the lengths of the config."""
+    rows = sum(len(task.inputs) for task in episodes)
+    text = f"{len(episodes)} tasks, {rows:,} rows"
+    for what, count in {
+        "examples dropped": sum(task.dropped for task in episodes),
+        "instructions cut": sum(task.truncated_instruction for task in episodes),
+        "inputs cut": sum(task.truncated_inputs for task in episodes),
+    }.items():
+        text += f", {count:,} {what}" if count else ""
+    return text
 
 
 # ------------------------------------------------------------------------------------------ command

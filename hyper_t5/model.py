@@ -96,9 +96,7 @@ def load_backbone(path: str | Path, config: ConfigDict, dtype: str = "float32") 
     The folder decides sizes and, where it has one, vocabulary; ``config.model`` only how to compute
     (dtype, remat, dropout).
     """
-    path = Path(path)
-    if (path / BACKBONE_FOLDER / "config.json").is_file():
-        path = path / BACKBONE_FOLDER
+    path = backbone_folder(path)
     sizes, params, identity = weights.load_backbone(path, dtype=dtype)
     how = {k: config.model[k] for k in ("dtype", "remat", "dropout_rate", "scan_unroll")}
     vocab = load_vocab(identity, path) if identity else _config_vocab(config)
@@ -108,6 +106,21 @@ def load_backbone(path: str | Path, config: ConfigDict, dtype: str = "float32") 
             f"{config.data.vocab or 'of the mixture'} has {vocab.size}; give its own"
         )
     return Backbone(dataclasses.replace(sizes, **how), params, vocab)
+
+
+def backbone_folder(path: str | Path) -> Path:
+    """``path``, or, where that is the workdir of a run that trained a backbone, the one it left."""
+    if not str(path):
+        raise UserError("backbone.path is empty; give the backbone's folder")
+    path = Path(path)
+    if (path / BACKBONE_FOLDER / "config.json").is_file():
+        return path / BACKBONE_FOLDER
+    if (path / checkpoint.FOLDER).is_dir():
+        raise UserError(
+            f"{path}: a run that has left no backbone; one that trains it (system=concat) "
+            "leaves it when it has made all its steps"
+        )
+    return path
 
 
 def _config_vocab(config: ConfigDict) -> Vocabulary:
@@ -140,8 +153,12 @@ def start(config: ConfigDict) -> tuple[Model, Backbone, Tree, Tree]:
     The hypermodel starts from ``hypermodel.path`` if given (another run's hand-over), else from the
     backbone's weights, else at random.
     """
+    # Weights that are trained are kept in float32: bfloat16 would lose small updates.
+    trains_it = SYSTEMS[config.system].trains == "backbone"
     backbone = (
-        load_backbone(config.backbone.path, config, config.backbone.dtype)
+        load_backbone(
+            config.backbone.path, config, "float32" if trains_it else config.backbone.dtype
+        )
         if config.backbone.path
         else new_backbone(config)
     )
@@ -162,8 +179,8 @@ def start(config: ConfigDict) -> tuple[Model, Backbone, Tree, Tree]:
     return model, backbone, {"hypermodel": fresh}, {"backbone": frozen}
 
 
-def hand_over(path: str, fresh: Tree, backbone: Backbone) -> Tree:
-    """The hypermodel of another run, checked leaf by leaf against a fresh one."""
+def hand_over(path: str | Path, fresh: Tree, backbone: Backbone) -> Tree:
+    """The hypermodel of another run, checked leaf by leaf against a fresh one (or its shapes)."""
     found, meta = checkpoint.load_subtree(path, "params/hypermodel")
     weights.check_compatible(
         backbone.sizes,
@@ -172,16 +189,19 @@ def hand_over(path: str, fresh: Tree, backbone: Backbone) -> Tree:
         digest=names.digest(backbone.params),
         where=str(path),
     )
-    have = {jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_leaves_with_path(found)}
-    for key, leaf in jax.tree_util.tree_leaves_with_path(fresh):
-        name = jax.tree_util.keystr(key)
-        if name not in have or have[name].shape != leaf.shape:
-            shape = have[name].shape if name in have else "missing"
+    have, need = _shapes(found), _shapes(fresh)
+    for name in sorted(have.keys() | need.keys()):
+        if have.get(name) != need.get(name):
             raise UserError(
-                f"hypermodel.path {path}: hypermodel{name} is {shape}, this run needs "
-                f"{leaf.shape}; give the same system, reader and adapter sizes"
+                f"{path}: {name} of its hypermodel is {have.get(name, 'not there')}, this run "
+                f"needs {need.get(name, 'none')}; give the same system, reader and adapter sizes"
             )
     return jax.tree.map(jnp.asarray, found)
+
+
+def _shapes(tree: Tree) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(k, simple=True, separator="/"): v.shape for k, v in leaves}
 
 
 def meta_of(config: ConfigDict, backbone: Backbone) -> dict[str, Any]:
@@ -215,8 +235,25 @@ def load_run(folder: str | Path, overrides: Any = ()) -> tuple[ConfigDict, Model
         fresh = jax.eval_shape(
             functools.partial(hypermodels.init_params, model.hypermodel), jax.random.key(0)
         )
-        params["hypermodel"] = hand_over(str(folder), fresh, backbone)
+        params["hypermodel"] = hand_over(folder, fresh, backbone)
     return config, model, backbone, params
+
+
+def _trained_backbone(folder: Path, config: ConfigDict) -> Backbone:
+    """Of a run that trains one: as in its newest checkpoint, also when it has not ended yet; else
+    as it left it, or as it would start.
+    """
+    if checkpoint.latest_step(folder) is None:
+        left = (folder / BACKBONE_FOLDER).is_dir()
+        return load_backbone(folder if left else config.backbone.path, config)
+    if config.backbone.path:
+        start = load_backbone(config.backbone.path, config)
+    else:
+        start = Backbone(t5_config(config), {}, _config_vocab(config))
+    params, meta = checkpoint.load_subtree(folder, "params/backbone")
+    made = meta.get("backbone", {})
+    weights.check_compatible(start.sizes, start.vocab.identity(), made, where=str(folder))
+    return dataclasses.replace(start, params=params)
 
 
 def step_of(folder: str | Path) -> int:

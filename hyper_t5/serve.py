@@ -5,6 +5,7 @@ No TensorFlow here: these commands start fast and run where only JAX is installe
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,13 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from hyper_t5 import adapters as ad
-from hyper_t5 import config as config_lib
 from hyper_t5 import export as export_lib
 from hyper_t5 import files, model, names, weights
 from hyper_t5.decoding import decode
 from hyper_t5.errors import UserError
+from hyper_t5.t5 import T5Config
 from hyper_t5.taskfile import format_conditioning, read_task_file
-from hyper_t5.vocab import EOS_ID
+from hyper_t5.vocab import EOS_ID, Vocabulary, load_vocab
 
 # ------------------------------------------------------------------------------------------- adapt
 
@@ -89,15 +90,19 @@ def predict(
     With several adapters each row says by ``"adapter": NAME`` which folder's it is for; rows of
     different adapters share a batch. Returns the number of rows.
     """
-    base = model.load_backbone(backbone, config_lib.defaults())
     names = [Path(a).name for a in adapters]
-    loaded = [_load_adapter(a, base) for a in adapters]
     if len(set(names)) < len(names):
         raise UserError(
             f"--adapter: two folders are named {sorted(names)}; rename one, since rows "
             "name their adapter by its folder"
         )
     rows = _read_rows(Path(input), names)
+    base, loaded = _load(backbone, adapters)
+    if base.vocab is None:
+        raise UserError(
+            f"{backbone}: does not say its vocabulary; `hyper-t5 export --format backbone` it, put "
+            "its spiece.model into the folder made, and give that"
+        )
     ids = [[*base.vocab.encode(row["input"]), EOS_ID] for row in rows]
     length = _bucket(max((len(x) for x in ids), default=1))
     group = max(1, batch // len(names))  # rows of one adapter in a batch
@@ -128,23 +133,37 @@ def predict(
     return len(rows)
 
 
-def _load_adapter(folder: str | Path, base: model.Backbone) -> ad.Adapters:
-    adapters, meta = ad.load(folder)
-    weights.check_compatible(
-        base.sizes,
-        base.vocab.identity(),
-        meta.get("backbone", {}),
-        digest=names.digest(base.params),
-        where=str(folder),
-    )
-    ad.check(adapters, base.sizes, str(folder))
-    return adapters
+@dataclasses.dataclass(frozen=True)
+class _Base:
+    """A backbone as its folder has it; vocab None where that does not say."""
+
+    sizes: T5Config
+    params: dict[str, Any]
+    vocab: Vocabulary | None
+
+
+def _load(backbone: str | Path, adapters: Sequence[str | Path]) -> tuple[_Base, list[ad.Adapters]]:
+    """The backbone, stored as it was when the adapters were made for it, and the adapters."""
+    found = [ad.load(folder) for folder in adapters]
+    made_for = [meta.get("backbone", {}) for _, meta in found]
+    folder = model.backbone_folder(backbone)
+    dtype = made_for[0].get("dtype", "float32") if found else "float32"
+    sizes, params, identity = weights.load_backbone(folder, dtype=dtype)
+    plain = T5Config()  # how to compute is no business of the folder's
+    sizes = dataclasses.replace(sizes, dtype=plain.dtype, remat=plain.remat)
+    base = _Base(sizes, params, load_vocab(identity, folder) if identity else None)
+    digest = names.digest(params) if found else ""
+    for path, (loaded, _), meta in zip(adapters, found, made_for, strict=True):
+        weights.check_compatible(sizes, identity, meta, digest=digest, where=str(path))
+        ad.check(loaded, sizes, str(path))
+    return base, [loaded for loaded, _ in found]
 
 
 def _read_rows(path: Path, names: list[str]) -> list[dict[str, Any]]:
     rows = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines(), which also cuts at characters that JSON may hold, such as U+2028.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except OSError as e:
         raise UserError(f"--input {path}: {e.strerror}") from None
     except UnicodeDecodeError:
@@ -158,6 +177,12 @@ def _read_rows(path: Path, names: list[str]) -> list[dict[str, Any]]:
             raise UserError(
                 f"{path}:{number}: not JSON ({e.msg}); give one object a line"
             ) from None
+        except RecursionError:
+            raise UserError(f"{path}:{number}: nested too deeply for a row") from None
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{path}:{number}: holds half a surrogate pair, no character") from None
         if not isinstance(row, dict) or not isinstance(row.get("input"), str):
             raise UserError(f'{path}:{number}: needs a field "input" with text')
         name = row.setdefault("adapter", names[0] if len(names) == 1 else None)
@@ -184,14 +209,11 @@ def export(adapter: str | Path | None, out: str | Path, format: str, backbone: s
     ``peft``: a PEFT folder. ``merged``: the backbone with LoRA inside, in Hugging Face's layout.
     ``backbone``: the backbone alone in that layout, for ``PeftModel`` to load the adapter onto.
     """
-    base = model.load_backbone(backbone, config_lib.defaults())
-    if format == "backbone":
-        weights.save_hf(out, base.sizes, base.params, base.vocab)
-        return Path(out)
-    if adapter is None:
+    if format != "backbone" and adapter is None:
         raise UserError(f"--format {format} needs --adapter, the folder that `hyper-t5 adapt` made")
-    adapters = _load_adapter(adapter, base)
+    base, loaded = _load(backbone, [adapter] if format != "backbone" and adapter else [])
     if format == "peft":
-        return export_lib.export_peft(out, adapters, base.sizes, str(backbone))
-    weights.save_hf(out, base.sizes, export_lib.merge_lora(base.params, adapters), base.vocab)
+        return export_lib.export_peft(out, loaded[0], base.sizes, str(backbone))
+    params = export_lib.merge_lora(base.params, loaded[0]) if format == "merged" else base.params
+    weights.save_hf(out, base.sizes, params, base.vocab)
     return Path(out)

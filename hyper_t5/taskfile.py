@@ -82,6 +82,9 @@ def read_json(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot read the task file ({error.strerror})") from None
     try:
         value = json.loads(raw.decode("utf-8-sig"))
+        # Of an escaped surrogate JSON may hold half the pair; text may not.
+        if b"\\ud" in raw or b"\\uD" in raw:
+            json.dumps(value, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise UserError(f"{path}, line {line}: not UTF-8; save the file as UTF-8") from None
@@ -89,6 +92,8 @@ def read_json(path: str | Path) -> dict[str, Any]:
         raise UserError(
             f"{path}, line {error.lineno}: not valid JSON ({error.msg}); is the file complete?"
         ) from None
+    except UnicodeEncodeError:
+        raise UserError(f"{path}: holds half a surrogate pair, which is no character") from None
     except RecursionError:
         raise UserError(f"{path}: JSON nested too deeply for a task file") from None
     if not isinstance(value, dict):

@@ -147,23 +147,26 @@ def train(config: ConfigDict, folder: str | Path) -> dict[str, float]:
             done = index + 1 == config.train.steps
             save = done or (index + 1) % config.train.save_every == 0
             if save or (index + 1) % config.train.log_every == 0:
-                last = _mean_of(waiting)
-                waiting = []
+                fetched = [(number, jax.device_get(made)) for number, made in waiting]
+                last, waiting = _mean_of([made for _, made in fetched]), []
                 line = {k: last[k] for k in ("loss", "accuracy", "exact")}
                 last |= progress.report(index + 1, line)
                 last |= {"learning_rate": float(rate(index)), "seconds": time.monotonic() - started}
-                writer.write(index + 1, last | {f"data/{k}": v for k, v in sampler.stats.items()})
-                _check_finite(last, index + 1)
+                # A copy: the thread that makes batches counts in it.
+                stats = dict(sampler.stats)
+                writer.write(index + 1, last | {f"data/{k}": v for k, v in stats.items()})
+                _check_finite(fetched)
             saver.poll()
             if save:
+                if not _is_finite(state):
+                    raise _not_finite("a parameter or a moment is not finite", index + 1)
                 saver.save(index + 1, state, meta)
     _keep_backbone(folder, m, backbone, state["params"])
     return last
 
 
-def _mean_of(waiting: list[tuple[int, dict[str, Array]]]) -> dict[str, float]:
-    """Means over the steps since the last line; fetches them from the device."""
-    sums = [jax.device_get(s) for _, s in waiting]
+def _mean_of(sums: list[dict[str, Any]]) -> dict[str, float]:
+    """Means over the steps since the last line, from their sums on the host."""
     total = {k: float(np.sum([s[k] for s in sums], dtype=np.float64)) for k in sums[0]}
     tokens, rows = max(total["tokens"], 1.0), max(total["rows"], 1.0)
     return {
@@ -175,13 +178,26 @@ def _mean_of(waiting: list[tuple[int, dict[str, Array]]]) -> dict[str, float]:
     }
 
 
-def _check_finite(values: dict[str, float], step: int) -> None:
-    for name in ("loss", "grad_norm"):
-        if not math.isfinite(values[name]):
-            raise FloatingPointError(
-                f"{name} is {values[name]} at step {step}; the checkpoints before it are good: "
-                "lower optimizer.learning_rate or set optimizer.clip_norm, and start again"
-            )
+def _check_finite(fetched: list[tuple[int, dict[str, Any]]]) -> None:
+    """FloatingPointError naming the first step whose loss or gradient is no number."""
+    for step, sums in fetched:
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(sums[name]):
+                raise _not_finite(f"{name} is {float(sums[name])}", step)
+
+
+@jax.jit
+def _is_finite(state: State) -> Array:
+    """Whether all of a state is; a finite loss says nothing of the update made from it."""
+    leaves = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    return jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in leaves]))
+
+
+def _not_finite(what: str, step: int) -> FloatingPointError:
+    return FloatingPointError(
+        f"{what} at step {step}; the checkpoints before it are good: lower "
+        "optimizer.learning_rate or set optimizer.clip_norm, and start again"
+    )
 
 
 def _resume(folder: Path, state: State, backbone: model.Backbone, m: Model) -> State:

@@ -629,8 +629,12 @@ def backbone_meta(config: T5Config, vocab: VocabIdentity | None, params: Params)
     fields = dataclasses.asdict(config)
     model = {name: fields[name] for name in SHAPE_FIELDS}
     identity = None if vocab is None else {k: v for k, v in vocab.items() if k != "file"}
+    dtypes = {np.asarray(leaf).dtype.name for leaf in traverse_util.flatten_dict(params).values()}
+    made: dict[str, Any] = {"model": model, "vocab": identity, "digest": digest(params)}
+    # The digest is of the values as they were stored; who compares it must read them so again.
+    made["dtype"] = "bfloat16" if dtypes == {"bfloat16"} else "float32"
     # Through JSON, so that what is kept equals what is read back (tuples become lists).
-    return json.loads(json.dumps({"model": model, "vocab": identity, "digest": digest(params)}))
+    return json.loads(json.dumps(made))
 
 
 def check_compatible(
@@ -676,7 +680,8 @@ def check_compatible(
     if digest is not None and meta.get("digest") not in (None, digest):
         raise UserError(
             f"{where}: was made for a backbone of this size with other weights (digest"
-            f" {meta['digest'][:12]}, not {digest[:12]}); give the backbone it was made for"
+            f" {meta['digest'][:12]}, not {digest[:12]}); give the backbone it was made for, and"
+            f" backbone.dtype={meta.get('dtype', 'float32')} as it was then"
         )
 
 

@@ -71,8 +71,8 @@ class HyperT5(nn.Module):
             # embedding of its own.
             n = c.num_decoder_layers
             init = nn.with_logical_partitioning(nn.initializers.normal(0.1), ("layers", "embed"))
-            layer = self.param("decoder_layer", init, (n, c.emb_dim), c.dtype)
-            decoder = seen.output + layer[:, None, None]
+            layer = self.param("decoder_layer", init, (n, c.emb_dim), jnp.float32)
+            decoder = seen.output + layer[:, None, None].astype(c.dtype)
             features = {
                 s: seen.states if s.startswith("enc") else decoder
                 for s in (*ad.ATTENTION_SITES, *ad.MLP_SITES)
