@@ -48,14 +48,20 @@ def load_config(
 
 
 def check_resume(workdir: str | os.PathLike[str], config: ConfigDict) -> list[str]:
-    """Write ``config`` to WORKDIR/config.json, or, if one is there, refuse another run's config.
+    """Write ``config`` to WORKDIR/config.json, or, where checkpoints are, refuse another run's.
 
+    A start that failed before its first checkpoint leaves nothing to resume, and so binds nobody.
     Returns the changes that a resumed run may make (RESUME_MAY_CHANGE), as ``differences`` does.
     """
     folder = Path(workdir)
     path = folder / CONFIG_FILE
     changes: list[str] = []
-    if path.exists():
+    if any((folder / "checkpoints").glob("[0-9]*")):
+        if not path.exists():
+            raise UserError(
+                f"{folder} holds checkpoints but no {CONFIG_FILE} that says of what; "
+                "restore that file, or give another --workdir"
+            )
         old = load_config(folder)
         if refused := config_lib.differences(old, config, RESUME_MAY_CHANGE):
             raise UserError(
@@ -65,11 +71,6 @@ def check_resume(workdir: str | os.PathLike[str], config: ConfigDict) -> list[st
         changes = config_lib.differences(old, config)
         if not changes:
             return []
-    elif (folder / "checkpoints").is_dir():
-        raise UserError(
-            f"{folder} holds checkpoints but no {CONFIG_FILE} that says of what; "
-            "restore that file, or give another --workdir"
-        )
     _write_atomic(path, config_lib.to_json(config))
     return changes
 

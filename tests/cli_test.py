@@ -30,8 +30,15 @@ def fails(capsys: pytest.CaptureFixture[str], *argv: str, code: int = 2) -> str:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[Any, ...], dict[str, Any]]]:
     """The modules that do the work, replaced; what they were called with."""
     seen: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
-    for name in ["train.train", "evaluate.evaluate_workdir", "serve.adapt", "serve.predict",
-                 "serve.export", "bench.main", "quickstart.main"]:
+    for name in [
+        "train.train",
+        "evaluate.evaluate_workdir",
+        "serve.adapt",
+        "serve.predict",
+        "serve.export",
+        "bench.main",
+        "quickstart.main",
+    ]:
         module, function = name.split(".")
 
         def record(*args: Any, name: str = name, **kwargs: Any) -> str:
@@ -62,8 +69,15 @@ def test_help_imports_nothing_heavy_and_ends_in_an_example() -> None:
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert run.returncode == 0, run.stderr
     top, *helps = run.stdout.split("----\n")[:-1]
-    assert list(cli.COMMANDS) == ["quickstart", "train", "evaluate", "adapt", "predict", "export",
-                                  "bench"]
+    assert list(cli.COMMANDS) == [
+        "quickstart",
+        "train",
+        "evaluate",
+        "adapt",
+        "predict",
+        "export",
+        "bench",
+    ]
     for name, text in zip(cli.COMMANDS, helps, strict=True):
         assert f"example:\n  hyper-t5 {name} " in text
         assert cli.COMMANDS[name].summary in text
@@ -107,8 +121,12 @@ def test_the_example_of_help_is_accepted(
     ],
 )
 def test_mistake_is_one_line_and_exit_code_2(
-    argv: list[str], expected: str, calls: list[Any], capsys: pytest.CaptureFixture[str],
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    argv: list[str],
+    expected: str,
+    calls: list[Any],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert expected in fails(capsys, *argv)
@@ -128,15 +146,22 @@ def test_train_resumes_only_with_its_own_config(
     calls: list[Any], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    argv = ["train", "--config", f"{MTF}:size=small", "--workdir", str(run),
-            "--gin.backbone.path=b"]
+    argv = [
+        "train",
+        "--config",
+        f"{MTF}:size=small",
+        "--workdir",
+        str(run),
+        "--gin.backbone.path=b",
+    ]
     gin = tmp_path / "a.gin"
     gin.write_text("train.steps = 5\nseed = 2\n")
     assert cli.main([*argv, f"--gin_file={gin}", "--gin.train.steps=6"]) == 0
-    (name, (config, workdir), _), = calls
+    ((name, (config, workdir), _),) = calls
     assert (name, workdir) == ("train.train", run)
     assert (config.model.emb_dim, config.seed, config.train.steps) == (512, 2, 6)
     capsys.readouterr()
+    (run / "checkpoints" / "5").mkdir(parents=True)
 
     assert cli.main([*argv, "--gin.seed=2", "--gin.train.steps=7"]) == 0
     assert capsys.readouterr().out == "resume with train.steps: 6 -> 7\n"
@@ -147,12 +172,26 @@ def test_train_resumes_only_with_its_own_config(
 def test_evaluate_gets_overrides_in_order(calls: list[Any], tmp_path: Path) -> None:
     gin = tmp_path / "a.gin"
     gin.write_text("eval.batch = 5\n")
-    assert cli.main(["evaluate", "--workdir=w", f"--gin_file={gin}", "--gin.eval.batch=6",
-                     "--mixture=other", "--compare=a", "--compare=b"]) == 0
-    (_, (workdir, overrides), named), = calls
+    assert (
+        cli.main(
+            [
+                "evaluate",
+                "--workdir=w",
+                f"--gin_file={gin}",
+                "--gin.eval.batch=6",
+                "--mixture=other",
+                "--compare=a",
+                "--compare=b",
+            ]
+        )
+        == 0
+    )
+    ((_, (workdir, overrides), named),) = calls
     assert workdir == Path("w")
     assert [(o.field, o.text) for o in overrides] == [
-        ("eval.batch", "5"), ("eval.batch", "6"), ("eval.mixture", "other")
+        ("eval.batch", "5"),
+        ("eval.batch", "6"),
+        ("eval.mixture", "other"),
     ]
     assert named == {"out": None, "compare": [Path("a"), Path("b")]}
 
@@ -164,11 +203,28 @@ def test_adapt_prints_the_path(calls: list[Any], capsys: pytest.CaptureFixture[s
 
 
 def test_predict_takes_several_adapters(calls: list[Any]) -> None:
-    assert cli.main(["predict", "--backbone=b", "--adapter=x", "--adapter=y", "--input=i",
-                     "--output=o", "--batch=4", "--beam-size", "2"]) == 0
+    assert (
+        cli.main(
+            [
+                "predict",
+                "--backbone=b",
+                "--adapter=x",
+                "--adapter=y",
+                "--input=i",
+                "--output=o",
+                "--batch=4",
+                "--beam-size",
+                "2",
+            ]
+        )
+        == 0
+    )
     assert calls == [
-        ("serve.predict", (Path("b"), [Path("x"), Path("y")], Path("i"), Path("o")),
-         {"batch": 4, "max_decode_length": 128, "beam_size": 2})
+        (
+            "serve.predict",
+            (Path("b"), [Path("x"), Path("y")], Path("i"), Path("o")),
+            {"batch": 4, "max_decode_length": 128, "beam_size": 2},
+        )
     ]
 
 
@@ -181,8 +237,12 @@ def test_predict_takes_several_adapters(calls: list[Any]) -> None:
     ],
 )
 def test_exit_codes(
-    error: BaseException, code: int, expected: str, calls: list[Any],
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    error: BaseException,
+    code: int,
+    expected: str,
+    calls: list[Any],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def fail(*args: Any) -> None:
         raise error

@@ -312,7 +312,9 @@ def test_differences_leaves_out_the_allowed(plain: str) -> None:
 
 def test_resume_refuses_another_config_and_keeps_the_old(tmp_path: Path, plain: str) -> None:
     run = tmp_path / "run"
-    assert workdir.check_resume(run, config_lib.load(plain)) == []
+    assert workdir.check_resume(run, config_lib.load(plain, ["adapter.lora_rank=5"])) == []
+    assert workdir.check_resume(run, config_lib.load(plain)) == []  # nothing was trained yet
+    (run / "checkpoints" / "1").mkdir(parents=True)
     before = (run / "config.json").read_bytes()
     with pytest.raises(UserError, match=r"adapter.lora_rank: 16 -> 4.*another --workdir"):
         workdir.check_resume(run, config_lib.load(plain, ["adapter.lora_rank=4", "train.steps=9"]))
@@ -321,6 +323,7 @@ def test_resume_refuses_another_config_and_keeps_the_old(tmp_path: Path, plain: 
 
 def test_resume_may_run_longer_and_records_it(tmp_path: Path, plain: str) -> None:
     workdir.check_resume(tmp_path, config_lib.load(plain))
+    (tmp_path / "checkpoints" / "1").mkdir(parents=True)
     longer = config_lib.load(plain, ["train.steps=5000", "eval.split=test", "data.text=moved"])
     assert workdir.check_resume(tmp_path, longer) == [
         "data.text: '' -> 'moved'",
@@ -329,13 +332,17 @@ def test_resume_may_run_longer_and_records_it(tmp_path: Path, plain: str) -> Non
     ]
     assert workdir.load_config(tmp_path).train.steps == 5000
     assert workdir.load_config(tmp_path, ["train.steps=3"]).train.steps == 3
-    assert {p.name for p in tmp_path.iterdir()} == {"config.json", "mine.py"}
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "checkpoints",
+        "config.json",
+        "mine.py",
+    }
 
 
 def test_workdir_without_or_with_a_broken_config(tmp_path: Path, plain: str) -> None:
     with pytest.raises(UserError, match=r"config.json: No such file"):
         workdir.load_config(tmp_path)
-    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "1").mkdir(parents=True)
     with pytest.raises(UserError, match=r"checkpoints but no config.json"):
         workdir.check_resume(tmp_path, config_lib.load(plain))
     (tmp_path / "config.json").write_text('{"seed": ')
