@@ -14,11 +14,25 @@ docs/results.md has the numbers to expect. The backbone itself, from scratch:
     hyper-t5 train --config configs/quickstart.py:system=concat --workdir run/backbone
 """
 
+import importlib.resources
+
 from ml_collections import ConfigDict
 
-from hyper_t5.config import defaults, parse_args
+from hyper_t5.adapters import ATTENTION_SITES, MLP_SITES, targets_of
+from hyper_t5.config import defaults, parse_args, t5_config
 from hyper_t5.hypermodels import SYSTEMS
 from hyper_t5.overrides import choose
+
+BUDGET = {  # steps, learning rate
+    "concat": (2000, 1e-2),
+    "hyper_lora": (500, 2e-3),
+    "hyper_prefix": (300, 1e-3),
+    "shared_lora": (300, 1e-2),
+    "shared_prefix": (300, 1e-2),
+    "none": (1, 1e-3),
+}
+HYPERPRETRAIN_STEPS = 150
+BACKBONE = "assets/quickstart_backbone"  # in the package
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -33,10 +47,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.data.hyper_length, config.data.input_length, config.data.target_length = 72, 8, 8
     config.data.shots = (0, 2)
     config.data.tasks_per_batch, config.data.examples_per_task = 32, 4
-    config.eval.max_decode_length = 8
-    config.eval.shots = 0
-    config.eval.batch = 50
-    config.eval.max_rows_per_task = 50
     config.model.update(
         vocab_size=800,
         emb_dim=96,
@@ -46,9 +56,23 @@ def get_config(arg: str | None = None) -> ConfigDict:
         num_encoder_layers=2,
         num_decoder_layers=2,
     )
+    config.eval.max_decode_length = 8
+    config.eval.shots = 0
+    config.eval.batch = 50
+    config.eval.max_rows_per_task = 50
+    config.optimizer.schedule = "linear"
+    config.optimizer.warmup_steps = 20
+    config.train.log_every, config.train.save_every = 50, 200
+    config.train.steps, config.optimizer.learning_rate = BUDGET[args.system]
     if args.system == "concat":
-        config.train.steps = 4000
         config.optimizer.name = "adafactor"
-        config.optimizer.learning_rate = 1e-2
-        config.optimizer.schedule = "linear"
+    else:
+        config.backbone.path = str(importlib.resources.files("hyper_t5") / BACKBONE)
+    if args.stage == "hyperpretrain":
+        config.train.steps = HYPERPRETRAIN_STEPS
+        config.data.chunk_length, config.data.input_length, config.data.target_length = 72, 24, 24
+    # LoRA multiplies, so without PEFT's lora_bias it could not add a task's vector to the stream.
+    config.adapter.lora_rank, config.adapter.lora_alpha, config.adapter.lora_bias = 8, 8.0, True
+    config.adapter.lora_targets = targets_of((*ATTENTION_SITES, *MLP_SITES), t5_config(config))
+    config.adapter.prefix_length = 16
     return config

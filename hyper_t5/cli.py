@@ -60,9 +60,14 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    from hyper_t5 import evaluate
+    from hyper_t5 import evaluate, workdir
+    from hyper_t5 import config as config_lib
     from hyper_t5.overrides import Override, read_overrides
 
+    if args.config:  # a backbone judged as it is: nothing was trained, so there is no workdir yet
+        config = config_lib.load(args.config, args.gin, args.gin_file)
+        config_lib.validate(config)
+        workdir.check_resume(args.workdir, config)
     overrides = read_overrides(args.gin, args.gin_file)
     if args.mixture:
         overrides.append(Override("eval.mixture", args.mixture, "--mixture"))
@@ -78,8 +83,15 @@ def _adapt(args: argparse.Namespace) -> None:
 def _predict(args: argparse.Namespace) -> None:
     from hyper_t5 import serve
 
-    serve.predict(args.backbone, args.adapter, args.input, args.output, batch=args.batch,
-                  max_decode_length=args.max_decode_length, beam_size=args.beam_size)
+    serve.predict(
+        args.backbone,
+        args.adapter,
+        args.input,
+        args.output,
+        batch=args.batch,
+        max_decode_length=args.max_decode_length,
+        beam_size=args.beam_size,
+    )
 
 
 def _export(args: argparse.Namespace) -> None:
@@ -97,7 +109,7 @@ def _bench(args: argparse.Namespace) -> None:
 def _quickstart(args: argparse.Namespace) -> None:
     from hyper_t5 import quickstart
 
-    quickstart.main(args.out, seeds=args.seeds, minutes=args.minutes)
+    quickstart.main(args.out, seeds=args.seeds, backbone=args.backbone)
 
 
 # ---------------------------------------------------------------------- names, flags, help, errors
@@ -121,10 +133,17 @@ def _number(name: str, default: int, help: str) -> Flag:
 
 
 _WORKDIR = _path("--workdir", "folder of the run: config.json, checkpoints/, metrics")
-_GIN_FILE: Flag = ("--gin_file", {
-    "type": Path, "action": "append", "default": [], "metavar": "FILE",
-    "help": "lines `path.to.field = value` that override the config; may be repeated. So does "
-            "--gin.path.to.field=value, which comes after all files"})
+_GIN_FILE: Flag = (
+    "--gin_file",
+    {
+        "type": Path,
+        "action": "append",
+        "default": [],
+        "metavar": "FILE",
+        "help": "lines `path.to.field = value` that override the config; may be repeated. So does "
+        "--gin.path.to.field=value, which comes after all files",
+    },
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,71 +161,148 @@ COMMANDS = {
         "Run everything on the embedded task suite: train, evaluate, adapt, export",
         "hyper-t5 quickstart --out runs/quickstart",
         _quickstart,
-        [_path("--out", "folder for all it makes (default: runs/quickstart)", required=False,
-               default=Path("runs/quickstart")),
-         ("--seeds", {"type": int, "nargs": "+", "default": [0], "metavar": "SEED",
-                      "help": "repeat for each seed and report all (default: 0)"}),
-         ("--minutes", {"type": float, "default": 15.0, "metavar": "M",
-                        "help": "time to use for each seed (default: 15)"})]),
+        [
+            _path(
+                "--out",
+                "folder for all it makes (default: runs/quickstart)",
+                required=False,
+                default=Path("runs/quickstart"),
+            ),
+            (
+                "--seeds",
+                {
+                    "type": int,
+                    "nargs": "+",
+                    "default": [0],
+                    "metavar": "SEED",
+                    "help": "repeat for each seed and report all (default: 0)",
+                },
+            ),
+            _path("--backbone", "another than the shipped one", required=False, default=""),
+        ],
+    ),
     "train": Command(
         "Train a hypermodel, or a baseline, by a config; goes on by itself from a checkpoint",
         "hyper-t5 train --config configs/mtf.py:system=hyper_lora,size=base --workdir runs/mtf "
         "--gin.backbone.path=t5_base --gin.data.sni_dir=natural-instructions",
         _train,
-        [("--config", {"required": True, "metavar": "FILE.py[:arg,...]",
-                       "help": "a config file, on disk or shipped, and its arguments"}),
-         _WORKDIR, _GIN_FILE]),
+        [
+            (
+                "--config",
+                {
+                    "required": True,
+                    "metavar": "FILE.py[:arg,...]",
+                    "help": "a config file, on disk or shipped, and its arguments",
+                },
+            ),
+            _WORKDIR,
+            _GIN_FILE,
+        ],
+    ),
     "evaluate": Command(
         "Generate on held-out tasks and score: metrics.json, predictions, a report with a plot",
         "hyper-t5 evaluate --workdir runs/mtf --compare runs/concat --gin.eval.shots=2",
         _evaluate,
-        [_WORKDIR,
-         ("--mixture", {"metavar": "NAME", "help": "short for --gin.eval.mixture=NAME"}),
-         _path("--out", "folder for the results (default: WORKDIR/eval/STEP)", required=False),
-         ("--compare", {"type": Path, "action": "append", "default": [], "metavar": "DIR",
-                        "help": "another run's folder to put beside it; may be repeated"}),
-         _GIN_FILE]),
+        [
+            _WORKDIR,
+            (
+                "--config",
+                {
+                    "metavar": "FILE.py[:arg,...]",
+                    "help": "for a backbone as it is (system=none or concat, nothing trained): "
+                    "the config to start the workdir with",
+                },
+            ),
+            ("--mixture", {"metavar": "NAME", "help": "short for --gin.eval.mixture=NAME"}),
+            _path("--out", "folder for the results (default: WORKDIR/eval/STEP)", required=False),
+            (
+                "--compare",
+                {
+                    "type": Path,
+                    "action": "append",
+                    "default": [],
+                    "metavar": "DIR",
+                    "help": "another run's folder to put beside it; may be repeated",
+                },
+            ),
+            _GIN_FILE,
+        ],
+    ),
     "adapt": Command(
         "From a task's text to an adapter folder; prints the folder's path",
         "hyper-t5 adapt --workdir runs/mtf --task task.json --out my_adapter --format peft",
         _adapt,
-        [_WORKDIR,
-         _path("--task", "the task: Super-NaturalInstructions JSON, or {\"instruction\": ..., "
-               "\"examples\": [{\"input\": ..., \"output\": ...}]}", metavar="FILE"),
-         _path("--out", "the adapter folder to make"),
-         ("--format", {"choices": ["native", "peft"], "default": "native",
-                       "help": "ours, or one that peft's PeftModel loads (default: native)"}),
-         ("--base-model", {"default": "", "metavar": "NAME",
-                           "help": "with peft: the base model's name or path to write in it"})]),
+        [
+            _WORKDIR,
+            _path(
+                "--task",
+                'the task: Super-NaturalInstructions JSON, or {"instruction": ..., '
+                '"examples": [{"input": ..., "output": ...}]}',
+                metavar="FILE",
+            ),
+            _path("--out", "the adapter folder to make"),
+            (
+                "--format",
+                {
+                    "choices": ["native", "peft"],
+                    "default": "native",
+                    "help": "ours, or one that peft's PeftModel loads (default: native)",
+                },
+            ),
+            (
+                "--base-model",
+                {
+                    "default": "",
+                    "metavar": "NAME",
+                    "help": "with peft: the base model's name or path to write in it",
+                },
+            ),
+        ],
+    ),
     "predict": Command(
         "Outputs of a frozen backbone with one adapter, or with several in one batch",
         "hyper-t5 predict --backbone t5_base --adapter my_adapter --input rows.jsonl "
         "--output out.jsonl",
         _predict,
-        [_path("--backbone", "folder of the backbone that the adapters were made for"),
-         _path("--adapter", "a native adapter folder; repeat it for several", action="append"),
-         _path("--input", "a jsonl file of rows with an \"input\" each", metavar="FILE"),
-         _path("--output", "the jsonl file to write", metavar="FILE"),
-         _number("--batch", 32, "rows in a batch"),
-         _number("--max-decode-length", 128, "most tokens in an output"),
-         _number("--beam-size", 1, "1 is greedy")]),
+        [
+            _path("--backbone", "folder of the backbone that the adapters were made for"),
+            _path("--adapter", "a native adapter folder; repeat it for several", action="append"),
+            _path("--input", 'a jsonl file of rows with an "input" each', metavar="FILE"),
+            _path("--output", "the jsonl file to write", metavar="FILE"),
+            _number("--batch", 32, "rows in a batch"),
+            _number("--max-decode-length", 128, "most tokens in an output"),
+            _number("--beam-size", 1, "1 is greedy"),
+        ],
+    ),
     "export": Command(
         "An adapter as a PEFT folder, merged into its backbone, or the backbone alone; prints the "
         "path",
         "hyper-t5 export --adapter my_adapter --out my_peft --format peft --backbone t5_base",
         _export,
-        [_path("--adapter", "a native adapter folder", required=False),
-         _path("--out", "the folder to make"),
-         ("--format", {"choices": ["peft", "merged", "backbone"], "required": True,
-                       "help": "adapter files for peft; a whole Hugging Face T5 with LoRA merged "
-                               "in; or that T5 without it, for peft to load the adapter onto"}),
-         _path("--backbone", "folder of the backbone that the adapter was made for")]),
+        [
+            _path("--adapter", "a native adapter folder", required=False),
+            _path("--out", "the folder to make"),
+            (
+                "--format",
+                {
+                    "choices": ["peft", "merged", "backbone"],
+                    "required": True,
+                    "help": "adapter files for peft; a whole Hugging Face T5 with LoRA merged "
+                    "in; or that T5 without it, for peft to load the adapter onto",
+                },
+            ),
+            _path("--backbone", "folder of the backbone that the adapter was made for"),
+        ],
+    ),
     "bench": Command(
         "Measure speed and memory, each as a ratio inside one run",
         "hyper-t5 bench --out runs/bench",
         _bench,
-        [("names", {"nargs": "*", "metavar": "NAME", "help": "which benchmarks (default: all)"}),
-         _path("--out", "folder for the tables (default: print only)", required=False)]),
+        [
+            ("names", {"nargs": "*", "metavar": "NAME", "help": "which benchmarks (default: all)"}),
+            _path("--out", "folder for the tables (default: print only)", required=False),
+        ],
+    ),
 }
 
 
@@ -214,8 +310,14 @@ class _Parser(argparse.ArgumentParser):
     """Argparse whose errors are one line, like all others, and whose help ends in an example."""
 
     def __init__(self, prog: str, description: str, epilog: str, usage: str | None = None) -> None:
-        super().__init__(prog, usage, description, epilog, allow_abbrev=False,
-                         formatter_class=argparse.RawDescriptionHelpFormatter)
+        super().__init__(
+            prog,
+            usage,
+            description,
+            epilog,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)")
@@ -227,9 +329,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
     listing = "\n".join(f"  {name:<12}{c.summary}" for name, c in COMMANDS.items())
     parser = _Parser(
-        "hyper-t5", "Hypermodels that turn a task's text into adapters for a frozen T5.",
+        "hyper-t5",
+        "Hypermodels that turn a task's text into adapters for a frozen T5.",
         f"commands (hyper-t5 COMMAND --help tells more):\n{listing}\n\n"
-        f"example:\n  {COMMANDS['quickstart'].example}", "hyper-t5 COMMAND [--flag ...]")
+        f"example:\n  {COMMANDS['quickstart'].example}",
+        "hyper-t5 COMMAND [--flag ...]",
+    )
     parser.add_argument("--version", action="version", version=__version__)
     if not argv or argv[0].startswith("-"):
         parser.parse_args(argv)  # --help, --version, or an error

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from hyper_t5.errors import UserError
+from hyper_t5.taskfile import example_text
 from hyper_t5.vocab import Vocabulary
 
 SPLITS = ("train", "unseen_compositions", "unseen_wordings")
@@ -390,18 +391,18 @@ def suite(seed: int = 0) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def documents(seed: int = 0, count: int = 3000) -> list[str]:
-    """Text for hyperpretraining: runs of worked examples of trained tasks, as running prose."""
+    """Text for hyperpretraining: instructions and worked examples of trained tasks, run together."""
     tasks = list(suite(seed)["train"].values())
     made = []
     for index in range(count):
         rng = random.Random(f"{seed}/document/{index}")
         task = rng.choice(tasks)
-        sentences = [rng.choice(task["Definition"])]
+        parts = [rng.choice(task["Definition"])]
         for row in rng.sample(task["Instances"], 8):
-            sentences.append(f"{row['input']} gives {row['output'][0]}.")
+            parts.append(example_text((row["input"], row["output"][0])))
             if rng.random() < 0.2:
-                sentences.append(rng.choice(task["Definition"]))
-        made.append(" ".join(sentences))
+                parts.append(" " + rng.choice(task["Definition"]))
+        made.append("".join(parts))
     return made
 
 

@@ -1,0 +1,135 @@
+"""Runs small enough to be trained inside a test: backbones, tasks, configs, and what they leave."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from hyper_t5 import checkpoint, model, names, t5, train, weights, workdir
+from hyper_t5 import config as config_lib
+from hyper_t5.tasks.synthetic import VOCAB_FILE
+from hyper_t5.vocab import Vocabulary, load_vocab
+
+# H*K is not D, and the stacks differ in depth: a swapped axis does not go unseen.
+SIZES = t5.T5Config(
+    vocab_size=816,
+    emb_dim=16,
+    num_heads=2,
+    head_dim=12,
+    mlp_dim=24,
+    num_encoder_layers=2,
+    num_decoder_layers=3,
+)
+TASKS = ("task1_copy", "task2_swap", "task3_last")
+HELD_OUT = ("task4_first", "task5_double")
+
+
+def vocabulary() -> Vocabulary:
+    """The embedded suite's, without sentinels: 800 ids, a word is one of them."""
+    return load_vocab(str(VOCAB_FILE), extra_ids=0)
+
+
+def save_backbone(folder: Path, seed: int = 0, sizes: t5.T5Config = SIZES) -> Path:
+    """A native folder with random weights and the embedded suite's vocabulary."""
+    rng = np.random.default_rng(seed)
+    flat = {}
+    for path, shape in names.param_shapes(sizes).items():
+        scale = shape[-2] ** -0.5 if path.endswith("/kernel") else 1.0
+        flat[path] = (scale * rng.normal(size=shape)).astype(np.float32)
+    weights.save_native(folder, sizes, checkpoint._nested(flat), vocabulary())
+    return folder
+
+
+def sni_task(name: str, rows: int = 6) -> dict[str, Any]:
+    """A task's content as in Super-NaturalInstructions' files."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    pairs = [(f"{letters[i]} {letters[-1 - i]}", letters[i]) for i in range(rows + 2)]
+    made = [{"id": f"{name}-{i}", "input": x, "output": [y]} for i, (x, y) in enumerate(pairs)]
+    return {
+        "Definition": [f"{name.partition('_')[2]} the letters."],
+        "Categories": [f"Kind of {name}"],
+        "Positive Examples": [{"input": x, "output": y, "explanation": ""} for x, y in pairs[:2]],
+        "Instances": made[2:],
+    }
+
+
+def save_sni(folder: Path, rows: int = 6) -> Path:
+    """An official-looking folder: TASKS to train on, HELD_OUT to test on."""
+    (folder / "tasks").mkdir(parents=True)
+    (folder / "splits" / "default").mkdir(parents=True)
+    for split, tasks in {"train": TASKS, "test": HELD_OUT}.items():
+        for name in tasks:
+            text = json.dumps(sni_task(name, rows), indent=1)
+            (folder / "tasks" / f"{name}.json").write_text(text)
+        listing = folder / "splits" / "default" / f"{split}_tasks.txt"
+        listing.write_text("\n".join(tasks) + "\n")
+    return folder
+
+
+def make_config(**fields: Any) -> ConfigDict:
+    """A valid config of a tiny run; a field's dot is written as two underscores."""
+    config = config_lib.defaults()
+    settings: dict[str, Any] = {
+        "data__mixture": "sni",
+        "data__vocab": str(VOCAB_FILE),
+        "data__extra_ids": 0,
+        "data__text": "synthetic",
+        "data__hyper_length": 40,
+        "data__input_length": 16,
+        "data__target_length": 8,
+        "data__chunk_length": 32,
+        "data__tasks_per_batch": 2,
+        "data__examples_per_task": 2,
+        "adapter__lora_rank": 2,
+        "adapter__prefix_length": 3,
+        "train__steps": 4,
+        "train__log_every": 2,
+        "train__save_every": 2,
+        "train__keep": 10,
+        "optimizer__learning_rate": 1e-2,
+        "eval__max_decode_length": 4,
+        "eval__batch": 8,
+        "eval__shots": 1,
+    }
+    for field in ("emb_dim", "num_heads", "head_dim", "mlp_dim", "vocab_size"):
+        settings[f"model__{field}"] = getattr(SIZES, field)
+    for field in ("num_encoder_layers", "num_decoder_layers"):
+        settings[f"model__{field}"] = getattr(SIZES, field)
+    for field, value in (settings | fields).items():
+        section, _, name = field.rpartition("__")
+        (config[section] if section else config)[name] = value
+    config_lib.validate(config)
+    return config
+
+
+def run(config: ConfigDict, folder: Path) -> dict[str, float]:
+    """Train, as the command does, in this process."""
+    with workdir.hold(folder):
+        workdir.check_resume(folder, config)
+        return train.train(config, folder)
+
+
+def untrained_run(config: ConfigDict, folder: Path, seed: int = 0) -> Path:
+    """A workdir as if trained, at once: its hypermodel is random where it would start as zero."""
+    workdir.check_resume(folder, config)
+    _, backbone, trained, _ = model.start(config)
+    rng = np.random.default_rng(seed)
+    noisy = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(x.dtype), trained)
+    checkpoint.save(folder, 1, {"params": noisy}, model.meta_of(config, backbone))
+    return folder
+
+
+def leaves(folder: Path, step: int) -> dict[str, Any]:
+    """Name -> shape, dtype and checksum of all that a checkpoint holds."""
+    record = json.loads((folder / "checkpoints" / str(step) / "COMMITTED.json").read_text())
+    return record["record"]["leaves"]
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
