@@ -16,9 +16,7 @@ LoRA's effect is ``y += (x a b + bias) * alpha / R`` (Hu et al. 2021; the bias i
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,9 +25,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 
+from hyper_t5 import files
 from hyper_t5.errors import UserError
 
 ATTENTION_SITES = ("enc_self", "dec_self", "dec_cross")
@@ -228,48 +225,36 @@ def check(adapters: Adapters, dims: Dims, where: str) -> None:
 def save(folder: str | os.PathLike[str], adapters: Adapters, meta: dict[str, Any]) -> Path:
     """Write the native adapter folder: all tasks in it, the spec, and ``meta`` (JSON).
 
-    Written beside its final name and moved there, so that a kill leaves no half folder.
+    An adapter that lies there is replaced, whole or not at all; UserError where the folder holds
+    other files, or cannot be written.
     """
-    folder = Path(folder)
-    fresh = folder.with_name(folder.name + f".tmp-{os.getpid()}")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    flat = {k: np.ascontiguousarray(np.asarray(v)) for k, v in _flatten(adapters.tree).items()}
-    save_file(flat, fresh / TENSOR_FILE)
+    flat = {k: np.asarray(v) for k, v in _flatten(adapters.tree).items()}
     header = {"format": FORMAT, "spec": adapters.spec.to_dict(), "meta": meta}
-    (fresh / SPEC_FILE).write_text(json.dumps(header, indent=1, sort_keys=True) + "\n")
-    if folder.exists():
-        if not (folder / SPEC_FILE).exists() and any(folder.iterdir()):
-            shutil.rmtree(fresh)
-            raise UserError(f"{folder} exists and is no adapter folder; give --out another name")
-        shutil.rmtree(folder)
-    fresh.rename(folder)
-    return folder
+    with files.replaced_folder(folder, (SPEC_FILE, TENSOR_FILE)) as fresh:
+        files.write_safetensors(fresh / TENSOR_FILE, flat)
+        files.write_json(fresh / SPEC_FILE, header)
+    return Path(folder)
 
 
 def load(folder: str | os.PathLike[str]) -> tuple[Adapters, dict[str, Any]]:
     """Read a native adapter folder back: (adapters, meta)."""
     folder = Path(folder)
+    if not (folder / SPEC_FILE).is_file():
+        raise UserError(
+            f"{folder / SPEC_FILE}: no such file; a native adapter folder holds {SPEC_FILE} and "
+            f"{TENSOR_FILE} (`hyper-t5 adapt` makes one)"
+        )
+    header = files.read_json(folder / SPEC_FILE)
     try:
-        header = json.loads((folder / SPEC_FILE).read_text())
         if header.get("format") != FORMAT:
             raise KeyError("format")
         spec = AdapterSpec.from_dict(header["spec"])
-        flat = load_file(folder / TENSOR_FILE)
-    except FileNotFoundError as e:
-        raise UserError(
-            f"{e.filename}: no such file; a native adapter folder holds "
-            f"{SPEC_FILE} and {TENSOR_FILE} (`hyper-t5 adapt` makes one)"
-        ) from None
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as e:
+    except (KeyError, TypeError, AttributeError) as e:
         raise UserError(
             f"{folder / SPEC_FILE}: not an adapter spec ({e}); make it again with `hyper-t5 adapt`"
         ) from None
-    except SafetensorError as e:
-        raise UserError(
-            f"{folder / TENSOR_FILE}: truncated or damaged ({e}); make it again with "
-            "`hyper-t5 adapt`"
-        ) from None
+    tensors = files.open_safetensors(folder / TENSOR_FILE)
+    flat = {name: tensor.read() for name, tensor in tensors.items()}
     tree: dict[str, Any] = {}
     for name, value in flat.items():
         node = tree
