@@ -60,8 +60,8 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    from hyper_t5 import evaluate, workdir
     from hyper_t5 import config as config_lib
+    from hyper_t5 import evaluate, workdir
     from hyper_t5.overrides import Override, read_overrides
 
     if args.config:  # a backbone judged as it is: nothing was trained, so there is no workdir yet

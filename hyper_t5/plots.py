@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,31 @@ def compare(
     axes.set_ylim(0, 108)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    figure.tight_layout()
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return path
+
+
+def ratios(bars: Mapping[str, float], path: str | Path) -> Path:
+    """One bar a ratio (``bench``), on a logarithmic scale around 1: to the right is better."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 1 + 0.3 * len(bars)))
+    places = range(len(bars), 0, -1)
+    drawn = axes.barh(places, [max(r, 1e-3) - 1 for r in bars.values()], 0.7, left=1)
+    axes.bar_label(drawn, [f"{r:.3g}" for r in bars.values()], fontsize=8, padding=3)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xscale("log")
+    axes.margins(x=0.1)
+    axes.set_yticks(places, list(bars), fontsize=8)
+    axes.set_xlabel("times better than what it is measured against")
+    axes.spines[["top", "right", "left"]].set_visible(False)
     figure.tight_layout()
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

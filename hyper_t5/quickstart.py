@@ -42,18 +42,16 @@ def main(out: str | Path, seeds: Sequence[int] = (0,), backbone: str | Path = ""
     out, began = Path(out), time.monotonic()
     backbone = Path(backbone) if backbone else shipped_backbone()
     runs = {seed: _one_seed(out / f"seed{seed}", seed, backbone) for seed in seeds}
+    arms = {arm: _over_seeds([runs[s][arm] for s in seeds]) for arm in ARMS}
     results = {
         "seeds": list(seeds),
         "metric": METRIC,
         "minutes": (time.monotonic() - began) / 60,
-        "arms": {arm: _over_seeds([runs[s][arm] for s in seeds]) for arm in ARMS},
+        "arms": arms,
     }
     files.write_json(out / "results.json", results)
     plot = plots.compare(
-        [
-            {"name": arm, "system": arm, "splits": _mean_splits(r)}
-            for arm, r in results["arms"].items()
-        ],
+        [{"name": arm, "system": arm, "splits": _mean_splits(r)} for arm, r in arms.items()],
         out / "results.png",
         METRIC,
     )

@@ -64,6 +64,7 @@ def _v1_1(emb: int, heads: int, layers: int, mlp: int, **more: Any) -> T5Config:
 
 PRESETS = {
     "tiny": _v1_1(64, 4, 2, 128, head_dim=16, vocab_size=512),
+    "mini": _v1_1(256, 4, 4, 512, logits_via_embedding=True),  # 14.5 M: for trials on CPUs
     "small": _v1_1(512, 6, 8, 1024),
     "base": _v1_1(768, 12, 12, 2048),
     "large": _v1_1(1024, 16, 24, 2816),

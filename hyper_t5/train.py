@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ from hyper_t5.model import Model, Tree
 
 Array = jax.Array
 State = dict[str, Any]  # {"params", "opt_state", "step"}: all that a checkpoint holds
-Step = Callable[[State, Tree, Tree, Array], tuple[State, dict[str, Array]]]
 
 
 def loss_sums(
@@ -43,7 +41,9 @@ def loss_sums(
     return sums["loss"], sums
 
 
-def make_step(m: Model, optimizer: optax.GradientTransformation, config: ConfigDict) -> Step:
+def make_step(
+    m: Model, optimizer: optax.GradientTransformation, config: ConfigDict
+) -> jax.stages.Wrapped:
     """The jitted training step: (state, frozen, batch, key) -> (state, metrics as sums)."""
     parts = config.train.microbatches
     use_dropout = m.sizes.dropout_rate > 0
@@ -83,7 +83,7 @@ def make_step(m: Model, optimizer: optax.GradientTransformation, config: ConfigD
         grads = jax.tree.map(lambda g: g / jnp.maximum(sums["tokens"], 1.0), grads)
         updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
         params = optax.apply_updates(state["params"], updates)
-        sums["grad_norm"] = optax.global_norm(grads)
+        sums["grad_norm"] = optax.tree.norm(grads)
         return {"params": params, "opt_state": opt_state, "step": state["step"] + 1}, sums
 
     return jax.jit(step, donate_argnums=0)

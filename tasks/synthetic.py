@@ -391,7 +391,7 @@ def suite(seed: int = 0) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def documents(seed: int = 0, count: int = 3000) -> list[str]:
-    """Text for hyperpretraining: instructions and worked examples of trained tasks, run together."""
+    """Text for hyperpretraining: instructions and examples of trained tasks, run together."""
     tasks = list(suite(seed)["train"].values())
     made = []
     for index in range(count):

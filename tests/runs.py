@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,11 @@ SIZES = t5.T5Config(
 )
 TASKS = ("task1_copy", "task2_swap", "task3_last")
 HELD_OUT = ("task4_first", "task5_double")
+
+
+def replace(**fields: Any) -> t5.T5Config:
+    """SIZES with other fields."""
+    return dataclasses.replace(SIZES, **fields)
 
 
 def vocabulary() -> Vocabulary:
@@ -112,6 +119,24 @@ def run(config: ConfigDict, folder: Path) -> dict[str, float]:
     with workdir.hold(folder):
         workdir.check_resume(folder, config)
         return train.train(config, folder)
+
+
+def command(config: ConfigDict, folder: Path, *more: str) -> list[str]:
+    """The arguments of ``hyper-t5 train`` for this config and workdir."""
+    file = folder.with_name(f"{folder.name}.json")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(config_lib.to_json(config))
+    code = "from pathlib import Path\nfrom hyper_t5 import config\n\n\ndef get_config(arg=None):\n"
+    code += f"    return config.from_json(Path({str(file)!r}).read_text())\n"
+    file.with_suffix(".py").write_text(code)
+    return ["train", "--config", str(file.with_suffix(".py")), "--workdir", str(folder), *more]
+
+
+def part_of(run: Path, folder: Path, step: int) -> Path:
+    """A copy of a workdir as if the run had been killed just after a checkpoint."""
+    shutil.copytree(run, folder, ignore=shutil.ignore_patterns("checkpoints", "backbone"))
+    shutil.copytree(run / "checkpoints" / str(step), folder / "checkpoints" / str(step))
+    return folder
 
 
 def untrained_run(config: ConfigDict, folder: Path, seed: int = 0) -> Path:
