@@ -96,7 +96,7 @@ class TrainingStep:
         }
         step = train.make_step(m, optimizer, config)
         self._step = step.lower(self._state, self._frozen, self._batch, self._key).compile()
-        used = self._step.memory_analysis()
+        used: Any = self._step.memory_analysis()
         self.memory = (
             used.argument_size_in_bytes
             + used.output_size_in_bytes
