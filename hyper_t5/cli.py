@@ -178,7 +178,7 @@ COMMANDS = {
                     "help": "repeat for each seed and report all (default: 0)",
                 },
             ),
-            _path("--backbone", "another than the shipped one", required=False, default=""),
+            _path("--backbone", "another than the shipped one", required=False),
         ],
     ),
     "train": Command(

@@ -37,7 +37,9 @@ ARMS = {
 HYPERPRETRAINED = ("HyperT5-LoRA", "HyperT5-Prefix")
 
 
-def main(out: str | Path, seeds: Sequence[int] = (0,), backbone: str | Path = "") -> dict[str, Any]:
+def main(
+    out: str | Path, seeds: Sequence[int] = (0,), backbone: str | Path | None = None
+) -> dict[str, Any]:
     """Run it; returns and writes (OUT/results.json) the numbers of every arm and seed."""
     out, began = Path(out), time.monotonic()
     backbone = Path(backbone) if backbone else shipped_backbone()
