@@ -32,6 +32,8 @@ from hyper_t5 import export, t5
 from hyper_t5.adapters import Adapters, AdapterSpec, LoraSpec, PrefixSpec
 from hyper_t5.errors import UserError
 
+pytestmark = pytest.mark.smoke
+
 # Two tasks of two rows each.
 INPUTS, TARGETS = ids(4, 7), ids(4, 5, seed=1)
 # At padding a decoder sees nothing, which is everything alike: what stands there has no meaning.

@@ -24,6 +24,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from hyper_t5 import checkpoint, optim
 from hyper_t5.errors import UserError
 
+pytestmark = pytest.mark.smoke
+
 META = {"seed": 3, "adapter": {"lora": {"targets": ["enc_self.query"], "rank": 4}}}
 
 

@@ -14,6 +14,8 @@ import hyper_t5
 from hyper_t5 import cli
 from hyper_t5.errors import UserError
 
+pytestmark = pytest.mark.smoke
+
 MTF = str(Path(__file__).resolve().parents[1] / "configs" / "mtf.py")
 
 

@@ -14,6 +14,8 @@ from hyper_t5 import config as config_lib
 from hyper_t5 import overrides, t5, workdir
 from hyper_t5.errors import UserError
 
+pytestmark = pytest.mark.smoke
+
 REPO = Path(__file__).resolve().parents[1]
 BACKBONE = "backbone.path=somewhere"
 

@@ -16,6 +16,8 @@ from hyper_t5 import adapters as ad
 from hyper_t5 import t5, weights
 from hyper_t5.decoding import decode
 
+pytestmark = pytest.mark.smoke
+
 Golden = tuple[t5.T5Config, dict[str, Any], dict[str, np.ndarray]]
 STEPS = 16
 

@@ -15,6 +15,8 @@ from tensorboardX.proto import event_pb2
 from hyper_t5 import metrics
 from hyper_t5.errors import UserError
 
+pytestmark = pytest.mark.smoke
+
 
 def lines(workdir: Path) -> list[dict[str, Any]]:
     def refuse(name: str) -> None:

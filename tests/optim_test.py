@@ -15,6 +15,8 @@ from ml_collections import ConfigDict
 from hyper_t5 import optim
 from hyper_t5.errors import UserError
 
+pytestmark = pytest.mark.smoke
+
 
 def section(**changes: Any) -> ConfigDict:
     fields: dict[str, Any] = {

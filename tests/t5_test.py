@@ -17,6 +17,8 @@ from tiny import CONFIG, EVERYTHING, GOLDEN, TIED, ids, logits, off, params, ran
 from hyper_t5 import losses, names, t5, weights
 from hyper_t5.adapters import AdapterSpec, LoraSpec, PrefixSpec
 
+pytestmark = pytest.mark.smoke
+
 Golden = tuple[t5.T5Config, dict[str, Any], dict[str, jax.Array]]
 
 

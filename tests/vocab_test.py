@@ -17,6 +17,8 @@ from hyper_t5.vocab import (
     load_vocab,
 )
 
+pytestmark = pytest.mark.smoke
+
 TEXTS = [
     "",
     "a b",
