@@ -103,7 +103,7 @@ def _export(args: argparse.Namespace) -> None:
 def _bench(args: argparse.Namespace) -> None:
     from hyper_t5 import bench
 
-    bench.main(args.names, args.out)
+    bench.main(args.names, args.out, args.tiny, str(args.sni_dir or ""), args.vocab)
 
 
 def _quickstart(args: argparse.Namespace) -> None:
@@ -301,6 +301,12 @@ COMMANDS = {
         [
             ("names", {"nargs": "*", "metavar": "NAME", "help": "which benchmarks (default: all)"}),
             _path("--out", "folder for the tables (default: print only)", required=False),
+            ("--tiny", {"action": "store_true", "help": "toy sizes: only to see that it runs"}),
+            _path("--sni-dir", "Super-NaturalInstructions, for the data benchmark", required=False),
+            (
+                "--vocab",
+                {"default": "bytes", "metavar": "FILE", "help": "its vocabulary, as data.vocab"},
+            ),
         ],
     ),
 }

@@ -220,14 +220,9 @@ def load_run(folder: str | Path, overrides: Any = ()) -> tuple[ConfigDict, Model
     """
     config = workdir.load_config(folder, overrides)
     if SYSTEMS[config.system].trains == "backbone":
-        path = config.backbone.path
-        backbone = load_backbone(path, config) if path else new_backbone(config)
-        params = backbone.params
-        if checkpoint.latest_step(folder) is not None:
-            params, _ = checkpoint.load_subtree(folder, "params/backbone")
-        params = jax.tree.map(jnp.asarray, params)
-        backbone = dataclasses.replace(backbone, params=params)
-        return config, build(config, backbone.sizes), backbone, {"backbone": params}
+        backbone = _trained_backbone(Path(folder), config)
+        params = {"backbone": jax.tree.map(jnp.asarray, backbone.params)}
+        return config, build(config, backbone.sizes), backbone, params
     backbone = load_backbone(config.backbone.path, config, config.backbone.dtype)
     model = build(config, backbone.sizes)
     params = {"backbone": jax.tree.map(jnp.asarray, backbone.params)}

@@ -31,7 +31,7 @@ def data(options: Options) -> measure.Result:
         config.data.tasks_per_batch = 2
     _add(result, "embedded suite", config, options)
     if not options.sni_dir:
-        result.notes.append("Super-NaturalInstructions: not measured, give --sni_dir")
+        result.notes.append("Super-NaturalInstructions: not measured, give --sni-dir")
         return result
     shapes = Shapes(2, 2, 64, 32, 8) if options.tiny else Shapes(2, 4, 256, 256, 64)
     config = make_config(

@@ -30,7 +30,7 @@ class Learned(nn.Module):
                 init = nn.initializers.normal(shape[-2] ** -0.5 if names[-1] == "a" else 1.0)
             axes = ("layers", *(None,) * (len(shape) - 2))
             one = (shape[0], *shape[2:])
-            value = self.param("/".join(names), nn.with_logical_partitioning(init, axes), one)
+            value = self.param(".".join(names), nn.with_logical_partitioning(init, axes), one)
             return jnp.broadcast_to(value[:, None], shape)
 
         shapes = ad.shapes(self.spec, self.config, ids.shape[0])
