@@ -7,7 +7,6 @@ after lower-casing and removing punctuation, each the maximum over references, t
 
 from __future__ import annotations
 
-import json
 import string
 import time
 from collections.abc import Iterator, Sequence
@@ -96,6 +95,7 @@ def evaluate(
     for split, mixture in splits_of(config).items():
         tasks = data.load_tasks(mixture, config.data, split, backbone.vocab)
         episodes = data.eval_episodes(tasks, backbone.vocab, config, m.choice.concat)
+        print(f"evaluate {split}: {_amounts(episodes)}", flush=True)
         per_task: dict[str, Any] = {}
         began = time.monotonic()
         for number, task in enumerate(episodes, 1):
@@ -172,6 +172,7 @@ def evaluate_workdir(
     ``compare``: workdirs or metrics.json files of runs evaluated before, to stand in the same plot
     and table.
     """
+    others = [read_report(path) for path in compare]  # a mistake is told before the long work
     config, m, backbone, params = model.load_run(workdir, overrides)
     out = Path(out) if out else Path(workdir) / "eval" / str(model.step_of(workdir))
     report, predictions = evaluate(config, m, backbone, params)
@@ -182,7 +183,7 @@ def evaluate_workdir(
     }
     files.write_json_lines(out / "predictions.jsonl", predictions)
     files.write_json(out / "metrics.json", report)
-    reports = [report, *(read_report(path) for path in compare)]
+    reports = [report, *others]
     print(table(reports))
     plot = plots.compare(reports, out / "report.png")
     print(f"{out / 'metrics.json'}\n{out / 'predictions.jsonl'}\n{plot}")
@@ -200,10 +201,12 @@ def read_report(path: str | Path) -> dict[str, Any]:
                 f"--workdir {path}` first"
             )
         path = steps[-1]
+    report = files.read_json(path)
     try:
-        return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as e:
-        raise UserError(f"{path}: not the metrics of an evaluation ({e})") from None
+        table([report])
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise UserError(f"{path}: not the metrics of an evaluation") from None
+    return report
 
 
 def table(reports: Sequence[dict[str, Any]], metrics: Sequence[str] = METRICS) -> str:

@@ -135,7 +135,8 @@ def write_text(file: Path, text: str) -> None:
         new.write_text(text, encoding="utf-8")
         new.replace(file)
     except OSError as error:
-        new.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            new.unlink()
         raise UserError(f"cannot write {file}: {error.strerror}") from error
 
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hyper_t5.errors import UserError
+
 
 def compare(
     reports: Sequence[dict[str, Any]], path: str | Path, metric: str = "strict_match"
@@ -36,11 +38,7 @@ def compare(
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.tight_layout()
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-    return path
+    return _save(figure, Path(path))
 
 
 def ratios(bars: Mapping[str, float], path: str | Path) -> Path:
@@ -61,8 +59,17 @@ def ratios(bars: Mapping[str, float], path: str | Path) -> Path:
     axes.set_xlabel("times better than what it is measured against")
     axes.spines[["top", "right", "left"]].set_visible(False)
     figure.tight_layout()
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    return _save(figure, Path(path))
+
+
+def _save(figure: Any, path: Path) -> Path:
+    from matplotlib import pyplot
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=120)
+    except OSError as e:
+        raise UserError(f"cannot write {path}: {e.strerror}") from e
+    finally:
+        pyplot.close(figure)
     return path
