@@ -279,11 +279,12 @@ def test_table_and_plot_of_several(tmp_path: Path) -> None:
         "concat  new_words  3      62.5         62.5          62.5",
     ]
     pictures = []
-    for number, shown in enumerate([reports, reports[:1]]):
+    low, high = (report("none", score, "new_words") for score in (10, 90))
+    for number, shown in enumerate([reports, reports[:1], [low], [high]]):
         path = plots.compare(shown, tmp_path / "new" / f"{number}.png")
         pictures.append(np.asarray(matplotlib.image.imread(path)))
     assert all(picture.std() > 0.05 for picture in pictures)
-    assert pictures[0].shape != pictures[1].shape or np.any(pictures[0] != pictures[1])
+    assert len({picture.tobytes() for picture in pictures}) == 4
 
 
 def test_compare_puts_other_runs_beside(

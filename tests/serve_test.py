@@ -1,0 +1,568 @@
+"""adapt, predict, export: a task's text to an adapter, its outputs, and PEFT's folder of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import runs
+from ml_collections import ConfigDict
+from safetensors.numpy import load_file
+
+from hyper_t5 import adapters as ad
+from hyper_t5 import cli, model, t5, weights, workdir
+from hyper_t5.decoding import decode
+from hyper_t5.vocab import EOS_ID, ByteVocabulary
+
+INSTRUCTIONS = {"copy": "copy the letters", "swap": "swap the first and last", "one": "drop"}
+INPUTS = ["a b c", "d e", "f", "g h i j", "k l", "m n o", "p q", "r s t u v w"]
+SYSTEMS = ("hyper_prefix", "hyper_lora")
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.save_backbone(tmp_path_factory.mktemp("backbone") / "t5")
+
+
+@pytest.fixture(scope="module")
+def make(backbone: Path) -> Callable[..., ConfigDict]:
+    def make_config(**fields: Any) -> ConfigDict:
+        lora = {
+            "adapter__lora_bias": True,
+            "adapter__lora_targets": ("enc_self.value", "dec_mlp.wo"),
+        }
+        here = {"backbone__path": str(backbone), "data__shots": (0, 2)}
+        return runs.make_config(**here | lora | fields)
+
+    return make_config
+
+
+@pytest.fixture(scope="module")
+def run_of(make: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A workdir of each kind of hypermodel, as if trained."""
+    root = tmp_path_factory.mktemp("runs")
+    return {name: runs.untrained_run(make(system=name), root / name) for name in SYSTEMS}
+
+
+def task_file(folder: Path, name: str, **more: Any) -> Path:
+    """A task in the short form."""
+    examples = [{"input": "a z", "output": "a"}, {"input": "b y", "output": "b"}]
+    content = {"instruction": INSTRUCTIONS[name], "examples": examples} | more
+    file = folder / f"{name}.json"
+    file.write_text(json.dumps(content, indent=1))
+    return file
+
+
+@pytest.fixture(scope="module")
+def made(
+    run_of: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, Path]]:
+    """system -> task -> its adapter folder, made by the command."""
+    root = tmp_path_factory.mktemp("adapters")
+    found: dict[str, dict[str, Path]] = {}
+    for system, run in run_of.items():
+        for name in INSTRUCTIONS:
+            out = root / system / name
+            adapt(run, task_file(root, name), out)
+            found.setdefault(system, {})[name] = out
+    return found
+
+
+def adapt(run: Path, task: Path, out: Path, *flags: str) -> Path:
+    argv = ["adapt", "--workdir", str(run), "--task", str(task), "--out", str(out), *flags]
+    assert cli.main(argv) == 0
+    return out
+
+
+def predict(
+    backbone: Path, adapters: list[Path], rows: list[dict[str, Any]], folder: Path, *flags: str
+) -> list[dict[str, Any]]:
+    """The rows that the command writes."""
+    folder.mkdir(exist_ok=True)
+    given, output = folder / "rows.jsonl", folder / "out.jsonl"
+    given.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = [f"--adapter={path}" for path in adapters]
+    argv += [f"--backbone={backbone}", f"--input={given}", f"--output={output}"]
+    assert cli.main(["predict", *argv, "--max-decode-length=4", "--batch=6", *flags]) == 0
+    return [json.loads(line) for line in output.read_text().splitlines()]
+
+
+def fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """The one line on stderr of a command that must fail."""
+    capsys.readouterr()
+    assert cli.main(argv) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("hyper-t5: error: ")
+    assert err.count("\n") == 1
+    return err
+
+
+def same(a: ad.Adapters, b: ad.Adapters) -> bool:
+    leaves = zip(jax.tree.leaves(a.tree), jax.tree.leaves(b.tree), strict=True)
+    return all(np.array_equal(x, y) for x, y in leaves)
+
+
+# ------------------------------------------------------------------------------------- adapt
+
+
+def by_hand(run: Path, *parts: str) -> ad.Adapters:
+    """The adapters of a conditioning text: an instruction, examples."""
+    config, m, backbone, params = model.load_run(run)
+    ids = np.zeros((1, config.data.hyper_length), np.int32)
+    encoded = [*(i for part in parts for i in backbone.vocab.encode(part)), EOS_ID]
+    ids[0, : len(encoded)] = encoded
+    adapters = model.generate(m, params, jnp.asarray(ids))
+    assert adapters is not None
+    return adapters
+
+
+SHOWN = ("\nInput: a z\nOutput: a", "\nInput: b y\nOutput: b")
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_both_forms_of_task_file(
+    run_of: Any, made: Any, tmp_path: Path, system: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_of[system]
+    short, meta = ad.load(made[system]["copy"])
+    assert same(short, by_hand(run, INSTRUCTIONS["copy"], *SHOWN))
+    assert (meta["system"], meta["instruction"]) == (system, INSTRUCTIONS["copy"])
+    assert meta["examples_shown"] == 2
+    assert short.num_tasks == 1
+
+    official = runs.sni_task("task1_copy")
+    official["Definition"] = [INSTRUCTIONS["copy"]]
+    file = tmp_path / "task1_copy.json"
+    file.write_text(json.dumps(official))
+    capsys.readouterr()
+    out = adapt(run, file, tmp_path / "official")
+    assert capsys.readouterr().out == f"{out}\n"
+    assert sorted(p.name for p in out.iterdir()) == ["adapter.safetensors", "adapter_spec.json"]
+    assert same(ad.load(out)[0], short)
+    assert not same(ad.load(made[system]["swap"])[0], short)
+
+
+def test_as_many_examples_as_in_training_and_as_fit(run_of: Any, tmp_path: Path) -> None:
+    run = run_of["hyper_lora"]
+    three = [{"input": x, "output": x} for x in ("a", "b", "c")]
+    long = [{"input": "a", "output": "a"}, {"input": "b " * 40, "output": "b"}]
+    for examples, shown in {"three": three, "long": long}.items():
+        file = task_file(tmp_path, "copy", examples=shown)
+        adapters, meta = ad.load(adapt(run, file, tmp_path / examples))
+        kept = 2 if examples == "three" else 1
+        assert meta["examples_shown"] == kept
+        parts = [f"\nInput: {e['input']}\nOutput: {e['output']}" for e in shown[:kept]]
+        assert same(adapters, by_hand(run, INSTRUCTIONS["copy"], *parts))
+    file = task_file(tmp_path, "copy", instruction="")
+    assert same(ad.load(adapt(run, file, tmp_path / "none"))[0], by_hand(run, *SHOWN))
+
+
+def test_an_adapter_is_replaced_and_other_folders_are_not(
+    run_of: Any, made: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, out = run_of["hyper_lora"], tmp_path / "adapter"
+    adapt(run, task_file(tmp_path, "copy"), out)
+    adapt(run, task_file(tmp_path, "swap"), out)
+    assert same(ad.load(out)[0], ad.load(made["hyper_lora"]["swap"])[0])
+    (out / "notes.txt").write_text("mine")
+    argv = ["adapt", f"--workdir={run}", f"--task={tmp_path / 'copy.json'}", f"--out={out}"]
+    assert "already holds notes.txt" in fails(capsys, *argv)
+    (out / "notes.txt").unlink()
+    assert same(ad.load(out)[0], ad.load(made["hyper_lora"]["swap"])[0])
+
+
+# ----------------------------------------------------------------------------------- predict
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_one_adapter_and_several_in_one_batch(
+    backbone: Path, made: Any, tmp_path: Path, system: str
+) -> None:
+    names, folders = list(INSTRUCTIONS), made[system]
+    # 8 rows of "copy", 3 of "swap" and 1 of "one": the queues end at different times.
+    order = [0, 0, 1, 0, 0, 2, 0, 1, 0, 0, 1, 0]
+    rows = [
+        {"input": INPUTS[i % len(INPUTS)], "adapter": names[k], "note": i}
+        for i, k in enumerate(order)
+    ]
+    mixed = predict(backbone, list(folders.values()), rows, tmp_path / "mixed")
+    assert [{k: v for k, v in row.items() if k != "output"} for row in mixed] == rows
+
+    base, params, _ = weights.load_backbone(backbone)
+    vocab = runs.vocabulary()
+    for name in names:
+        mine = [row for row in mixed if row["adapter"] == name]
+        plain = [{"input": row["input"], "note": row["note"]} for row in mine]
+        alone = predict(backbone, [folders[name]], plain, tmp_path / name)
+        assert alone == mine  # the name of the only adapter is filled in
+        ids = np.zeros((6, 16), np.int32)
+        encoded = [*vocab.encode(mine[0]["input"]), EOS_ID]
+        ids[3, : len(encoded)] = encoded
+        found, _ = decode(base, params, jnp.asarray(ids), ad.load(folders[name])[0], steps=4)
+        assert vocab.decode(np.asarray(found)[3].tolist()) == mine[0]["output"]
+    # Adapters do something, and not the same.
+    asked = [{"input": text, "adapter": name} for text in INPUTS for name in names]
+    answers = predict(backbone, list(folders.values()), asked, tmp_path / "asked")
+    by_name = [[row["output"] for row in answers if row["adapter"] == name] for name in names]
+    assert len({tuple(outputs) for outputs in by_name}) == 3
+
+
+def test_predict_writes_nothing_for_nothing(backbone: Path, made: Any, tmp_path: Path) -> None:
+    assert predict(backbone, [made["hyper_lora"]["copy"]], [], tmp_path / "none") == []
+
+
+ROWS: dict[str, tuple[str, str]] = {
+    "not JSON": ('{"input": "a", "adapter": "copy"}\n{"input": ', "rows.jsonl:2: not JSON"),
+    "no input": ('\n{"text": "a"}', 'rows.jsonl:2: needs a field "input" with text'),
+    "a number": ('{"input": 3}', 'rows.jsonl:1: needs a field "input" with text'),
+    "a list": ('["a"]', 'rows.jsonl:1: needs a field "input" with text'),
+    "no adapter": ('{"input": "a"}', 'rows.jsonl:1: field "adapter" is None'),
+    "other adapter": ('{"input": "a", "adapter": "x"}', "names one of copy, swap"),
+    "surrogate": ('{"input": "\\ud800", "adapter": "copy"}', "rows.jsonl:1: holds half a"),
+}
+
+
+@pytest.mark.parametrize(("content", "expected"), ROWS.values(), ids=ROWS)
+def test_bad_rows_name_file_and_line(
+    backbone: Path,
+    made: Any,
+    content: str,
+    expected: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given, output = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    given.write_text(content)
+    output.write_text("earlier")
+    adapters = [f"--adapter={made['hyper_lora'][name]}" for name in ("copy", "swap")]
+    argv = ["predict", f"--backbone={backbone}", *adapters]
+    assert expected in fails(capsys, *argv, f"--input={given}", f"--output={output}")
+    assert output.read_text() == "earlier"
+
+
+def test_adapters_and_backbones_that_do_not_fit(
+    backbone: Path,
+    run_of: Any,
+    made: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    sizes, params, _ = weights.load_backbone(backbone)
+    weights.save_native(tmp_path / "bytes", sizes, params, ByteVocabulary())
+    runs.save_backbone(tmp_path / "wide", 0, runs.replace(emb_dim=20))
+    runs.save_backbone(tmp_path / "other", 1)
+    shutil.copytree(backbone, tmp_path / "cut")
+    tensors = tmp_path / "cut" / "model.safetensors"
+    os.truncate(tensors, tensors.stat().st_size // 2)
+    good = made["hyper_lora"]["copy"]
+    shutil.copytree(good, tmp_path / "damaged")
+    os.truncate(tmp_path / "damaged" / "adapter.safetensors", 100)
+    shutil.copytree(made["hyper_prefix"]["swap"], tmp_path / "prefix")
+    rows, output = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    rows.write_text('{"input": "a", "adapter": "copy"}')
+    cases: list[tuple[Path, list[Path], str]] = [
+        (tmp_path / "wide", [good], "copy: was made for a backbone with emb_dim=16, but"),
+        (tmp_path / "other", [good], "copy: was made for a backbone of this size with other"),
+        (tmp_path / "bytes", [good], "copy: was made for the vocabulary (sentencepiece"),
+        (tmp_path / "cut", [good], "cut/model.safetensors: is truncated"),
+        (tmp_path / "no", [good], "no: does not exist"),
+        (run_of["hyper_lora"], [good], "a run that has left no backbone"),
+        (backbone, [tmp_path / "damaged"], "damaged/adapter.safetensors: is truncated"),
+        (backbone, [tmp_path / "no"], "no/adapter_spec.json: no such file"),
+        (backbone, [good, made["hyper_prefix"]["copy"]], "two folders are named"),
+        (backbone, [good, tmp_path / "prefix"], "must have one AdapterSpec"),
+    ]
+    for base, adapters, expected in cases:
+        flags = [f"--adapter={path}" for path in adapters]
+        if adapters[0].name != "copy":
+            rows.write_text('{"input": "a"}')
+        argv = ["predict", f"--backbone={base}", *flags, f"--input={rows}", f"--output={output}"]
+        assert expected in fails(capsys, *argv)
+        if len(adapters) == 1:
+            for form in ("peft", "merged"):
+                argv = [f"--adapter={adapters[0]}", f"--backbone={base}", f"--format={form}"]
+                assert expected in fails(capsys, "export", *argv, f"--out={tmp_path / 'x'}")
+        rows.write_text('{"input": "a", "adapter": "copy"}')
+    assert not output.exists()
+    assert not (tmp_path / "x").exists()
+    argv = ["export", f"--backbone={backbone}", "--format=peft", f"--out={tmp_path / 'x'}"]
+    assert "--format peft needs --adapter" in fails(capsys, *argv)
+
+
+# ------------------------------------------------------------------------------------ export
+
+
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
+@pytest.mark.parametrize("way", ["adapt", "export"])
+def test_peft_loads_it_onto_the_exported_backbone(
+    backbone: Path, run_of: Any, made: Any, tmp_path: Path, way: str
+) -> None:
+    for package in ("torch", "transformers", "peft"):
+        pytest.importorskip(package, reason=f"{package} is not installed (setup.py, extra 'test')")
+    import peft
+    import torch
+    import transformers
+
+    hf, folder, native = tmp_path / "hf", tmp_path / "peft", made["hyper_lora"]["swap"]
+    argv = [f"--backbone={backbone}", f"--out={hf}", "--format=backbone"]
+    assert cli.main(["export", *argv]) == 0
+    if way == "adapt":
+        flags = ["--format=peft", f"--base-model={hf}"]
+        adapt(run_of["hyper_lora"], task_file(tmp_path, "swap"), folder, *flags)
+        said = json.loads((folder / "adapter_config.json").read_text())
+        assert said["base_model_name_or_path"] == str(hf)
+    else:
+        argv = [f"--adapter={native}", f"--backbone={backbone}", f"--out={folder}"]
+        assert cli.main(["export", *argv, "--format=peft"]) == 0
+
+    sizes, params, _ = weights.load_backbone(backbone)
+    inputs = np.array([[*runs.vocabulary().encode(INPUTS[3]), EOS_ID]])
+    targets = np.array([[7, 30, 5, EOS_ID]])
+    ours = [
+        np.asarray(t5.T5(sizes).apply({"params": params}, inputs, targets, adapters))
+        for adapters in (ad.load(native)[0], None)
+    ]
+    base = transformers.T5ForConditionalGeneration.from_pretrained(hf).eval()
+    shifted = torch.tensor([[0, *targets[0, :-1]]])
+
+    def logits(module: Any) -> np.ndarray:
+        with torch.no_grad():
+            out = module(input_ids=torch.tensor(inputs), decoder_input_ids=shifted)
+        return out.logits.numpy()
+
+    limit = 1e-4 * np.abs(ours[1]).max()
+    assert np.abs(logits(base) - ours[1]).max() <= limit
+    tuned = peft.PeftModel.from_pretrained(base, folder).eval()
+    assert np.abs(logits(tuned) - ours[0]).max() <= limit
+    assert np.abs(ours[0] - ours[1]).max() > 100 * limit
+
+
+def test_merged_is_the_backbone_with_the_adapter_inside(
+    backbone: Path, make: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = make(system="hyper_lora", adapter__lora_bias=False)
+    run = runs.untrained_run(config, tmp_path / "run")
+    native = adapt(run, task_file(tmp_path, "swap"), tmp_path / "native")
+    argv = ["export", f"--adapter={native}", f"--backbone={backbone}", f"--out={tmp_path / 'hf'}"]
+    capsys.readouterr()
+    assert cli.main([*argv, "--format=merged"]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'hf'}\n"
+    sizes, params, _ = weights.load_backbone(backbone)
+    whole, merged, identity = weights.load_backbone(tmp_path / "hf")
+    assert identity is not None
+    assert identity["sha256"] == runs.vocabulary().identity()["sha256"]
+    ids = jnp.asarray([[5, 60, 7, EOS_ID]])
+    plain, applied, inside = (
+        np.asarray(t5.T5(c).apply({"params": p}, ids, ids, a))
+        for c, p, a in [
+            (sizes, params, None),
+            (sizes, params, ad.load(native)[0]),
+            (whole, merged, None),
+        ]
+    )
+    np.testing.assert_allclose(inside, applied, atol=1e-4 * np.abs(applied).max())
+    assert np.abs(applied - plain).max() > 0.01 * np.abs(plain).max()
+
+
+def test_what_peft_cannot_say_is_refused(
+    run_of: Any, made: Any, backbone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task, out = task_file(tmp_path, "copy"), f"--out={tmp_path / 'out'}"
+    argv = ["adapt", f"--workdir={run_of['hyper_prefix']}", f"--task={task}", out]
+    assert "decoder's self-attention only" in fails(capsys, *argv, "--format=peft")
+    adapter = f"--adapter={made['hyper_lora']['copy']}"
+    argv = ["export", adapter, f"--backbone={backbone}", out, "--format=merged"]
+    assert "export with --format=peft" in fails(capsys, *argv)
+    assert not (tmp_path / "out").exists()
+
+
+# -------------------------------------------------------------------------------- bad input
+
+
+def spoil(change: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, Any]], str]:
+    def text(task: dict[str, Any]) -> str:
+        change(task)
+        return json.dumps(task, indent=1)
+
+    return text
+
+
+TASK_FILES: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
+    "no Definition": (
+        spoil(lambda t: t.pop("Definition")),
+        "task.json: field Definition is missing",
+    ),
+    "no output": (
+        spoil(lambda t: t["Instances"][3].pop("output")),
+        "task.json: Instances[3] lacks field output",
+    ),
+    "no output shown": (
+        spoil(lambda t: t["Positive Examples"][1].pop("output")),
+        "task.json: Positive Examples[1] lacks field output",
+    ),
+    "truncated": (lambda t: json.dumps(t, indent=1)[:60], "task.json, line 5: not valid JSON"),
+    "empty": (lambda t: "", "task.json, line 1: not valid JSON"),
+    "a list": (lambda t: "[]", "task.json: a task file is one JSON object, this is a list"),
+    "neither form": (lambda t: '{"task": 1}', "task.json: has neither Definition"),
+    "nothing to read": (
+        lambda t: '{"instruction": " ", "examples": []}',
+        "task.json: fields instruction and examples are both empty",
+    ),
+    "too long": (
+        spoil(lambda t: t.update(Definition=["much too long " * 50])),
+        "task.json: the instruction alone is",
+    ),
+    "too long an example": (
+        lambda t: json.dumps({"examples": [{"input": "a " * 50, "output": "b"}]}),
+        "task.json: the first example alone is",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "expected"), TASK_FILES.values(), ids=TASK_FILES)
+def test_a_bad_task_file_is_one_line_and_keeps_the_earlier_adapter(
+    run_of: Any,
+    made: Any,
+    change: Callable[[dict[str, Any]], str],
+    expected: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    task, out = tmp_path / "task.json", tmp_path / "adapter"
+    shutil.copytree(made["hyper_lora"]["copy"], out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    task.write_text(change(runs.sni_task("task1_copy")))
+    argv = ["adapt", f"--workdir={run_of['hyper_lora']}", f"--task={task}", f"--out={out}"]
+    assert expected in fails(capsys, *argv)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    task.unlink()
+    assert "task.json: cannot read the task file (No such file" in fails(capsys, *argv)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's own
+def test_workdirs_that_cannot_adapt(
+    make: Any,
+    run_of: Any,
+    backbone: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    task = task_file(tmp_path, "copy")
+
+    def says(run: Path) -> str:
+        argv = ["adapt", f"--workdir={run}", f"--task={task}", f"--out={tmp_path / 'out'}"]
+        line = fails(capsys, *argv)
+        assert not (tmp_path / "out").exists()
+        return line
+
+    def changed(name: str, change: Callable[[ConfigDict], Any]) -> Path:
+        """A copy of the run whose config.json was edited."""
+        folder = tmp_path / name
+        shutil.copytree(run_of["hyper_lora"], folder)
+        config = json.loads((folder / "config.json").read_text())
+        change(config)
+        (folder / "config.json").write_text(json.dumps(config))
+        return folder
+
+    missing = tmp_path / "missing"
+    assert f"{missing}/config.json: No such file" in says(missing)
+    for system in ("none", "concat"):
+        workdir.check_resume(tmp_path / system, make(system=system))
+        assert f"system={system} emits no adapters" in says(tmp_path / system)
+    workdir.check_resume(tmp_path / "fresh", make(system="hyper_lora"))
+    assert f"no usable checkpoint at {tmp_path / 'fresh'}" in says(tmp_path / "fresh")
+
+    cut = changed("cut", lambda c: None)
+    state = [p for p in (cut / "checkpoints" / "1" / "state").rglob("*") if p.is_file()]
+    largest = max(state, key=lambda p: p.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
+    assert f"no usable checkpoint at {cut}" in says(cut)
+
+    wide = runs.save_backbone(tmp_path / "wide", 0, runs.replace(emb_dim=20))
+    line = says(changed("wide_run", lambda c: c["backbone"].update(path=str(wide))))
+    assert "made for a backbone with emb_dim=16, but backbone.path has emb_dim=20" in line
+    sizes, params, _ = weights.load_backbone(backbone)
+    weights.save_native(tmp_path / "bytes", sizes, params, ByteVocabulary())
+    path = str(tmp_path / "bytes")
+    line = says(changed("bytes_run", lambda c: c["backbone"].update(path=path)))
+    assert "made for the vocabulary (sentencepiece" in line
+    line = says(changed("rank", lambda c: c["adapter"].update(lora_rank=5)))
+    assert "give the same system, reader and adapter sizes" in line
+    line = says(changed("field", lambda c: c["adapter"].update(lora_rnak=5)))
+    assert "config.json" in line
+    assert "lora_rnak" in line
+    line = says(changed("type", lambda c: c["adapter"].update(lora_rank="five")))
+    assert "adapter.lora_rank" in line
+
+
+def test_no_space_keeps_the_earlier_files(
+    backbone: Path,
+    run_of: Any,
+    made: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    native, hf, out = tmp_path / "native", tmp_path / "hf", tmp_path / "out.jsonl"
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"input": "a"}')
+    task = task_file(tmp_path, "copy")
+    adapter = f"--adapter={made['hyper_lora']['copy']}"
+    commands = [
+        ["adapt", f"--workdir={run_of['hyper_lora']}", f"--task={task}", f"--out={native}"],
+        ["export", f"--backbone={backbone}", "--format=backbone", f"--out={hf}"],
+        ["predict", f"--backbone={backbone}", adapter, f"--input={rows}", f"--output={out}"],
+    ]
+    for argv in commands:
+        assert cli.main(argv) == 0
+
+    def content() -> dict[str, bytes]:
+        return {str(p): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+    before = content()
+
+    def full(*args: Any, **named: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    for argv in commands[:2]:
+        assert "No space left on device" in fails(capsys, *argv)
+    monkeypatch.setattr(Path, "write_text", full)
+    assert f"cannot write {out}: No space left" in fails(capsys, *commands[2])
+    assert content() == before
+
+
+def test_needs_no_tensorflow_and_no_torch(
+    backbone: Path, run_of: Any, made: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"input": "a"}\n')
+    task, native = task_file(tmp_path, "copy"), made["hyper_lora"]["copy"]
+    commands = [
+        ["adapt", f"--workdir={run_of['hyper_lora']}", f"--task={task}", "--out=a"],
+        ["predict", f"--backbone={backbone}", f"--adapter={native}", "--input=rows.jsonl"],
+        ["export", f"--adapter={native}", f"--backbone={backbone}", "--format=peft", "--out=p"],
+    ]
+    commands[1] += ["--output=out.jsonl", "--max-decode-length=4", "--batch=6"]
+    code = (
+        "import sys\n"
+        "from hyper_t5 import cli\n"
+        f"for argv in {commands!r}:\n"
+        "    assert cli.main(argv) == 0\n"
+        "print(sorted({'tensorflow', 'seqio', 'torch', 'matplotlib'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert load_file(tmp_path / "p" / "adapter_model.safetensors")
