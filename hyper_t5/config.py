@@ -113,9 +113,7 @@ def defaults() -> ConfigDict:
             "b1": 0.9,
             "b2": 0.999,
             "eps": 1e-8,  # adamw
-            # adafactor; step_offset: steps of the run before, so that the decay starts anew
-            "decay_rate": 0.8,
-            "step_offset": 0,
+            "decay_rate": 0.8,  # adafactor
             "min_dim_size_to_factor": 128,
             "multiply_by_parameter_scale": True,
         },
@@ -282,7 +280,6 @@ _AT_LEAST: dict[int, tuple[str, ...]] = {
         "optimizer.warmup_steps",
         "optimizer.weight_decay",
         "optimizer.clip_norm",
-        "optimizer.step_offset",
         "eval.max_rows_per_task",
         "eval.shots",
     ),

@@ -160,12 +160,9 @@ def adafactor(
 def make_optimizer(config: ConfigDict, total_steps: int) -> optax.GradientTransformation:
     """The optimizer of a run: clip by global norm (0 is off), Adafactor or AdamW, heads' own rate.
 
-    `config` is the `optimizer` section. Raises UserError when a name in it is not known, or
-    `step_offset` is not 0: the decay counts this run's steps, so an offset would give NaN.
+    `config` is the `optimizer` section. Raises UserError when a name in it is not known.
     """
     rate = schedule(config, total_steps)
-    if config.step_offset:
-        raise UserError("optimizer.step_offset must be 0: an optimizer starts at step 0 here")
     if config.name == "adafactor":
         main = adafactor(
             rate,

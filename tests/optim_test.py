@@ -30,7 +30,6 @@ def section(**changes: Any) -> ConfigDict:
         "b2": 0.999,
         "eps": 1e-8,
         "decay_rate": 0.8,
-        "step_offset": 0,
         "min_dim_size_to_factor": 128,
         "multiply_by_parameter_scale": True,
         "head_learning_rate_scale": 1.0,
@@ -60,8 +59,6 @@ def test_what_cannot_work_is_refused() -> None:
         optim.make_optimizer(section(schedule="step"), 10)
     with pytest.raises(UserError, match="'sgd' is not known; choose adafactor or adamw"):
         optim.make_optimizer(section(name="sgd"), 10)
-    with pytest.raises(UserError, match="step_offset must be 0"):
-        optim.make_optimizer(section(step_offset=1000), 10)
 
 
 def stack_layers(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
