@@ -1,0 +1,402 @@
+"""Hypermodels: where they start, what they read, and that they run once a task."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import traverse_util
+from tiny import CONFIG, EVERY_TARGET, ids, off, params
+
+from hyper_t5 import adapters as ad
+from hyper_t5 import config as config_lib
+from hyper_t5 import hypermodels, model, t5
+from hyper_t5.episodes import EpisodeSampler
+from hyper_t5.errors import UserError
+from hyper_t5.hypermodels.heads import LoraHeads
+from hyper_t5.hypermodels.hyper_t5 import HyperT5
+from hyper_t5.hypermodels.readers import QueryReader
+from hyper_t5.model import Model
+from hyper_t5.taskfile import Row, TaskRows
+from hyper_t5.vocab import ByteVocabulary
+
+pytestmark = pytest.mark.smoke
+
+LENGTH, GISTS, RANK = 7, 3, 4
+# Two tasks of two rows each; texts, inputs and targets of ragged length.
+BATCH = {
+    "hyper_inputs": ids(2, LENGTH, seed=2),
+    "inputs": ids(4, 6).reshape(2, 2, 6),
+    "targets": ids(4, 5, seed=1).reshape(2, 2, 5),
+}
+# At padding a decoder sees nothing, which is everything alike: what stands there has no meaning.
+REAL = np.asarray(BATCH["targets"]).reshape(4, 5) > 0
+
+LORA: dict[str, Any] = {
+    "system": "hyper_lora",
+    "adapter__lora_targets": ("enc_self.query", "enc_mlp.wo", "dec_self.out", "dec_cross.value"),
+    "adapter__lora_bias": True,
+}
+QUERIES: dict[str, Any] = {"hypermodel__reader": "decoder_queries"}
+KINDS: dict[str, dict[str, Any]] = {
+    "prefix-text": {},
+    "prefix-gists": {"hypermodel__gist_tokens": GISTS},
+    "prefix-queries": QUERIES | {"adapter__prefix_sites": ad.ATTENTION_SITES},
+    "lora-gists": LORA,
+    "lora-fewer-gists": LORA | {"hypermodel__gist_tokens": 2},
+    "lora-queries": LORA | QUERIES,
+}
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def build(*, sizes: t5.T5Config = CONFIG, **fields: Any) -> Model:
+    """A system on a backbone of these sizes; a field's dot is written as two underscores."""
+    config = config_lib.defaults()
+    small = {"data__hyper_length": LENGTH, "adapter__lora_rank": RANK, "adapter__prefix_length": 5}
+    for field, value in (small | fields).items():
+        section, _, name = field.rpartition("__")
+        (config[section] if section else config)[name] = value
+    return model.build(config, sizes)
+
+
+@functools.cache
+def fresh(kind: str, copied: bool = True) -> tuple[Model, Any]:
+    """A system, and the parameters it starts from; do not change them."""
+    m = build(**KINDS[kind])
+    assert m.hypermodel is not None
+    source = params() if copied else None
+    made = hypermodels.init_params(m.hypermodel, jax.random.key(1), source)
+    return m, {"backbone": params(), "hypermodel": made}
+
+
+@functools.cache
+def moved(kind: str) -> tuple[Model, Any]:
+    """The same as if trained: what starts at zero is not zero any more."""
+    m, start = fresh(kind)
+    rng = np.random.default_rng(0)
+
+    def move(leaf: jax.Array) -> np.ndarray:
+        return np.asarray(leaf + 0.1 * rng.normal(size=leaf.shape), np.float32)
+
+    return m, start | {"hypermodel": jax.tree.map(move, start["hypermodel"])}
+
+
+logits = jax.jit(Model.logits, static_argnums=0)
+
+
+def plain(batch: dict[str, Any] = BATCH) -> jax.Array:
+    """Logits of the backbone without adapters."""
+    return logits(build(system="none"), {"backbone": params()}, batch)
+
+
+def leaves(adapters: ad.Adapters | None) -> dict[str, np.ndarray]:
+    assert adapters is not None
+    flat = traverse_util.flatten_dict(adapters.tree, sep="/")
+    return {name: np.asarray(leaf) for name, leaf in flat.items()}
+
+
+# --------------------------------------------------------------------------------- the start
+
+
+@jax.jit
+def read_in_the_input(text: jax.Array, extra: jax.Array, batch: Any) -> jax.Array:
+    """Logits of the backbone with a task's text (no padding) before every input.
+
+    text [L], ``extra`` [P, D] embeddings behind it; the text does not see what follows it. With P
+    above 0 what follows sees these P places instead of the text.
+    """
+    table, (inputs, targets) = params()["token_embedder"]["embedding"], batch
+    rows, read = inputs.shape[0], len(text) + len(extra)
+    x = jnp.concatenate([table[text], extra])
+    x = jnp.concatenate([jnp.broadcast_to(x, (rows, *x.shape)), table[inputs]], 1)
+    real = jnp.concatenate([jnp.ones((rows, read), bool), inputs > 0], 1)
+    place = np.arange(x.shape[1])
+    shown = place >= (len(text) if len(extra) else 0)
+    sees = np.where(place[:, None] < read, place < read, shown)
+    encoded = t5.Encoder(CONFIG).apply(
+        {"params": params()["encoder"]}, x, sees & real[:, None] & real[:, :, None]
+    )
+    memory = jnp.broadcast_to((shown & real)[:, None], (rows, targets.shape[1], x.shape[1]))
+    decoded = t5.Decoder(CONFIG).apply(
+        {"params": params()["decoder"]},
+        table[t5.shift_right(targets)],
+        encoded,
+        t5.pair_mask(targets, targets),
+        memory,
+    )
+    return decoded @ params()["decoder"]["logits_dense"]["kernel"]
+
+
+@pytest.mark.parametrize("kind", ["prefix-text", "prefix-gists"])
+def test_layerwise_starts_as_the_backbone_reading_the_text(kind: str) -> None:
+    m, start = fresh(kind)
+    extra = start["hypermodel"]["reader"].get("gists", jnp.zeros((0, CONFIG.emb_dim)))
+    expected = [
+        read_in_the_input(text[text > 0], extra, (inputs, targets))
+        for text, inputs, targets in zip(*map(np.asarray, BATCH.values()), strict=True)
+    ]
+    found = logits(m, start, BATCH)
+    assert off(found[REAL], np.concatenate(expected)[REAL]) < 1e-5
+    assert off(found[REAL], plain()[REAL]) > 0.01
+
+
+@pytest.mark.parametrize("kind", ["lora-gists", "lora-queries"])
+def test_lora_starts_without_effect(kind: str) -> None:
+    m, start = fresh(kind)
+    np.testing.assert_array_equal(logits(m, start, BATCH), plain())
+    made = leaves(model.generate(m, start, BATCH["hyper_inputs"]))
+    assert all(np.any(leaf) == name.endswith("/a") for name, leaf in made.items())
+    assert off(logits(*moved(kind), BATCH)[REAL], plain()[REAL]) > 0.01
+
+
+def test_query_prefixes_start_with_nothing_to_say() -> None:
+    m, start = fresh("prefix-queries")
+    made = leaves(model.generate(m, start, BATCH["hyper_inputs"]))
+    assert len(made) == 6
+    for name, leaf in made.items():  # such slots take a share of the attention, and add zero
+        assert 0 < np.abs(leaf).max() < 0.2 if name.endswith("key") else not leaf.any()
+
+
+@every_kind
+def test_what_can_be_copied_is_the_backbones(kind: str) -> None:
+    _, start = fresh(kind)
+    mine = traverse_util.flatten_dict(start["hypermodel"]["reader"], sep="/")
+    theirs = traverse_util.flatten_dict(params(), sep="/")
+    own = {"queries"} if "queries" in kind else {"gists"} if kind != "prefix-text" else set()
+    assert mine.keys() - theirs.keys() == own
+    for name in mine.keys() - own:
+        np.testing.assert_array_equal(mine[name], theirs[name])
+    if "cross" in start["hypermodel"]:
+        cross = params()["decoder"]["layers"]["encoder_decoder_attention"]
+        for name in ("key", "value"):
+            copy = start["hypermodel"]["cross"][name]["kernel"]
+            np.testing.assert_array_equal(copy, cross[name]["kernel"])
+    # Without the backbone none of it is.
+    for other in jax.tree.leaves(fresh(kind, copied=False)[1]["hypermodel"]["reader"]):
+        equal = [x.shape == other.shape and np.array_equal(x, other) for x in theirs.values()]
+        assert not any(equal) or np.ptp(other) == 0  # norms start at 1 everywhere
+
+
+# ------------------------------------------------------------------------------ text and tasks
+
+
+@every_kind
+def test_adapters_fit_the_backbone(kind: str) -> None:
+    made = model.generate(*moved(kind), BATCH["hyper_inputs"])
+    assert made is not None
+    ad.check(made, CONFIG, kind)
+    assert made.num_tasks == 2
+    assert all(np.isfinite(leaf).all() for leaf in leaves(made).values())
+    # The text's own places are masked where they are padding; gists and queries all count.
+    assert {"mask" in name for name in leaves(made)} == (
+        {True, False} if kind == "prefix-text" else {False}
+    )
+
+
+@every_kind
+def test_padding_of_the_text_changes_nothing(kind: str) -> None:
+    m, trained = moved(kind)
+    wider = BATCH | {"hyper_inputs": jnp.pad(BATCH["hyper_inputs"], ((0, 0), (0, 4)))}
+    found, expected = (logits(m, trained, batch) for batch in (wider, BATCH))
+    assert off(found[REAL], expected[REAL]) < 1e-5
+
+
+@every_kind
+def test_a_task_depends_on_its_own_text_only(kind: str) -> None:
+    m, trained = moved(kind)
+    three = ids(3, LENGTH, seed=3)
+    whole = leaves(model.generate(m, trained, three))
+    part = leaves(model.generate(m, trained, three[np.array([2, 0])]))
+    for name, leaf in part.items():
+        np.testing.assert_allclose(leaf, whole[name][:, [2, 0]], rtol=0, atol=1e-5)
+
+
+@every_kind
+def test_every_word_of_the_text_counts(kind: str) -> None:
+    m, trained = moved(kind)
+    text = np.asarray(ids(1, LENGTH, shortest=LENGTH))
+    texts = np.repeat(text, LENGTH + 1, 0)
+    for place in range(LENGTH):
+        texts[place, place] = texts[place, place] % 50 + 2
+    made = leaves(model.generate(m, trained, texts))
+    for place in range(LENGTH):
+        changes = [
+            off(leaf[:, place], leaf[:, -1]) for name, leaf in made.items() if "mask" not in name
+        ]
+        assert max(changes) > 1e-3
+
+
+@every_kind
+def test_an_empty_text_gives_no_nan(kind: str) -> None:
+    empty = BATCH | {"hyper_inputs": jnp.zeros((2, LENGTH), jnp.int32)}
+    found = logits(*moved(kind), empty)
+    assert np.isfinite(found).all()
+    if kind == "prefix-text":
+        assert off(found[REAL], plain()[REAL]) < 1e-5
+
+
+@pytest.mark.parametrize("shots", [(0, 0), (2, 2)], ids=["alone", "with-examples"])
+@pytest.mark.parametrize("use_instruction", [True, False])
+def test_instruction_examples_or_both_are_read(
+    use_instruction: bool, shots: tuple[int, int]
+) -> None:
+    if not (use_instruction or shots[1]):
+        pytest.skip("nothing to read")
+    vocab = ByteVocabulary()
+    data = config_lib.defaults().data
+    data.update(use_instruction=use_instruction, shots=shots, hyper_length=80)
+    data.update(tasks_per_batch=1, examples_per_task=2, input_length=8, target_length=8)
+    examples = (("ab", "ba"), ("cd", "dc"))
+    rows = tuple(Row(str(i), f"{i}x", (f"x{i}",)) for i in range(3))
+    task = TaskRows("turn", ("Turn it.",), examples, rows)
+    batch = EpisodeSampler([task], vocab, data, 0).batch(0)
+    text = vocab.decode(batch["hyper_inputs"][0])
+    assert ("Turn it." in text) == use_instruction
+    assert ("dc" in text) == bool(shots[1])
+    sizes = dataclasses.replace(CONFIG, vocab_size=vocab.size)
+    m = build(sizes=sizes, data__hyper_length=80)
+    assert m.hypermodel is not None
+    hyper = hypermodels.init_params(m.hypermodel, jax.random.key(0), params(sizes))
+    made = leaves(model.generate(m, {"hypermodel": hyper}, batch["hyper_inputs"]))
+    # Every place of the text is seen, EOS included, and no other.
+    assert made["enc_self/prefix/mask"].sum() == CONFIG.num_encoder_layers * (len(text) + 1)
+
+
+# --------------------------------------------------------------------------------- once a task
+
+
+@every_kind
+def test_the_hypermodel_runs_once_a_task(kind: str) -> None:
+    m, start = fresh(kind)
+    seen: list[tuple[str, tuple[int, ...]]] = []
+
+    def note(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        whole = isinstance(context.module, HyperT5 | t5.Encoder | t5.T5)
+        if whole and context.method_name == "__call__":
+            seen.append((type(context.module).__name__, args[0].shape))
+        return call(*args, **kwargs)
+
+    tasks, rows, width = 2, 3, CONFIG.emb_dim
+    batch = BATCH | {k: jnp.ones((tasks, rows, 6), jnp.int32) for k in ("inputs", "targets")}
+    with nn.intercept_methods(note):
+        jax.eval_shape(functools.partial(m.logits), start, batch)
+    read = LENGTH + (m.hypermodel.gist_tokens if isinstance(m.hypermodel, HyperT5) else 0)
+    assert seen == [
+        ("HyperT5", (tasks, LENGTH)),
+        ("Encoder", (tasks, read, width)),
+        ("T5", (tasks * rows, 6)),
+        ("Encoder", (tasks * rows, 6, width)),
+    ]
+
+
+@pytest.mark.parametrize("kind", ["prefix-text", "lora-gists"])
+def test_examples_of_a_task_may_come_together_or_apart(kind: str) -> None:
+    m, trained = moved(kind)
+    apart = {k: v.reshape(4, 1, -1) for k, v in BATCH.items() if k != "hyper_inputs"}
+    apart["hyper_inputs"] = jnp.repeat(BATCH["hyper_inputs"], 2, 0)
+    found, expected = (logits(m, trained, batch) for batch in (apart, BATCH))
+    assert off(found[REAL], expected[REAL]) < 1e-5
+
+
+# --------------------------------------------------------------------------- readers and heads
+
+
+def test_every_query_sees_the_others() -> None:
+    """The reader's decoder has no causal mask: also the first query sees the last."""
+    reader = QueryReader(CONFIG, 4)
+    variables = nn.unbox(reader.init(jax.random.key(0), BATCH["hyper_inputs"]))
+    apply = jax.jit(reader.apply)
+    found = apply(variables, BATCH["hyper_inputs"])
+    assert found.shape == (2, 4, CONFIG.emb_dim)
+    for place in range(4):
+        queries = variables["params"]["queries"]
+        changed = {**variables["params"], "queries": queries.at[place].multiply(-1.0)}
+        other = apply({"params": changed}, BATCH["hyper_inputs"])
+        assert all(off(other[:, i], found[:, i]) > 1e-3 for i in range(4))
+
+
+@pytest.mark.parametrize("features", [1, 2, RANK])
+def test_heads_are_shared_over_layers_and_each_feature_has_its_components(features: int) -> None:
+    spec = ad.LoraSpec(EVERY_TARGET, RANK, 1.0, True)
+    heads = LoraHeads(spec, CONFIG)
+    rng = np.random.default_rng(0)
+
+    def normal(layers: int) -> np.ndarray:
+        return rng.normal(size=(layers, 2, features, CONFIG.emb_dim)).astype(np.float32)
+
+    sites = (*ad.ATTENTION_SITES, *ad.MLP_SITES)
+    given = {site: normal(ad.num_layers(site, CONFIG)) for site in sites}
+    variables = nn.unbox(heads.init(jax.random.key(0), given))
+    variables = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape), variables)
+    apply = jax.jit(heads.apply)
+    made = apply(variables, given)
+    ad.check(ad.Adapters(made, ad.AdapterSpec(lora=spec)), CONFIG, "heads")
+    # The layers' features in another order give the layers' adapters in that order.
+    turned = apply(variables, {site: x[::-1] for site, x in given.items()})
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y[::-1], atol=1e-6), turned, made)
+    # Another last feature moves the last RANK / features components, and no other.
+    other = {site: np.concatenate([x[:, :, :-1], -x[:, :, -1:]], 2) for site, x in given.items()}
+    changed, kept = apply(variables, other), RANK - RANK // features
+    for site, projection in (target.split(".") for target in EVERY_TARGET):
+        a, b = (
+            np.any(changed[site][projection][k] != made[site][projection][k], axes)
+            for k, axes in (("a", (0, 1, 2)), ("b", (0, 1, 3)))
+        )
+        assert list(a) == list(b) == [False] * kept + [True] * (RANK - kept)
+
+
+@pytest.mark.parametrize("system", ["shared_lora", "shared_prefix"])
+def test_a_shared_adapter_reads_nothing(system: str) -> None:
+    m = build(system=system)
+    assert m.hypermodel is not None
+    start = {"hypermodel": hypermodels.init_params(m.hypermodel, jax.random.key(0))}
+    made = model.generate(m, start, BATCH["hyper_inputs"])
+    assert made is not None
+    ad.check(made, CONFIG, system)
+    for name, leaf in leaves(made).items():
+        np.testing.assert_array_equal(leaf[:, 0], leaf[:, 1])
+        assert leaf.any() != name.endswith("/b")
+
+
+# ------------------------------------------------------------------------------- bad config
+
+BAD_CONFIGS: list[tuple[dict[str, Any], str]] = [
+    (
+        {"adapter__prefix_sites": ("enc_self", "dec_self")},
+        "adapter.prefix_sites: hypermodel.reader=layerwise has no keys and values for dec_self",
+    ),
+    (
+        LORA | {"hypermodel__gist_tokens": 3},
+        "adapter.lora_rank=4 is no multiple of hypermodel.gist_tokens=3",
+    ),
+    (
+        LORA | {"hypermodel__gist_tokens": 8},
+        "adapter.lora_rank=4 is no multiple of hypermodel.gist_tokens=8",
+    ),
+    ({"adapter__prefix_sites": ()}, "adapter.prefix_sites is empty"),
+    (QUERIES | {"adapter__prefix_sites": ()}, "adapter.prefix_sites is empty"),
+    (LORA | {"adapter__lora_targets": ()}, "adapter.lora_targets is empty"),
+    ({"system": "shared_lora", "adapter__lora_targets": ()}, "adapter.lora_targets is empty"),
+]
+
+
+@pytest.mark.parametrize(("fields", "expected"), BAD_CONFIGS)
+def test_what_cannot_be_emitted_is_refused(fields: dict[str, Any], expected: str) -> None:
+    with pytest.raises(UserError) as error:
+        build(**fields)
+    assert str(error.value).startswith(expected)
+    assert "\n" not in str(error.value)
+
+
+def test_the_other_systems_fields_may_be_anything() -> None:
+    build(system="shared_prefix", adapter__prefix_sites=("dec_self",), adapter__lora_targets=())
+    build(**LORA, adapter__prefix_sites=())
+    build(**LORA | QUERIES, adapter__prefix_sites=("dec_self",))
+    build(**QUERIES, adapter__prefix_sites=("dec_self",))
+    assert build(system="none", adapter__prefix_sites=()).hypermodel is None
