@@ -26,7 +26,7 @@ from hyper_t5.overrides import choose
 BUDGET = {  # steps, learning rate
     "concat": (2000, 1e-2),
     "hyper_lora": (500, 2e-3),
-    "hyper_prefix": (300, 1e-3),
+    "hyper_prefix": (500, 1e-3),
     "shared_lora": (300, 1e-2),
     "shared_prefix": (300, 1e-2),
     "none": (1, 1e-3),
