@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import pytest
 from ml_collections import ConfigDict
 
-from hyper_t5 import checkpoint, model, names, t5, train, weights, workdir
+from hyper_t5 import checkpoint, model, names, quickstart, t5, train, weights, workdir
 from hyper_t5 import config as config_lib
 from hyper_t5.tasks.synthetic import VOCAB_FILE
 from hyper_t5.vocab import Vocabulary, load_vocab
@@ -147,6 +149,28 @@ def untrained_run(config: ConfigDict, folder: Path, seed: int = 0) -> Path:
     noisy = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(x.dtype), trained)
     checkpoint.save(folder, 1, {"params": noisy}, model.meta_of(config, backbone))
     return folder
+
+
+QUICKSTART = """
+from hyper_t5.configs import quickstart
+
+def get_config(arg=None):
+    config = quickstart.get_config(arg)
+    config.train.steps = config.train.log_every = config.train.save_every = 2
+    config.data.tasks_per_batch = config.data.examples_per_task = 2
+    config.adapter.lora_targets = ("enc_self.value", "dec_cross.query", "dec_mlp.wo")
+    config.eval.max_rows_per_task = config.eval.batch = 2
+    return config
+"""
+
+
+def quickstart_steps(folder: Path, patch: pytest.MonkeyPatch, seeds: Sequence[int] = (0,)) -> Any:
+    """``hyper-t5 quickstart`` with two steps a stage and two rows a task; what it returns."""
+    file = folder.with_name(f"{folder.name}_config.py")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(QUICKSTART)
+    patch.setattr(quickstart, "CONFIG", str(file))
+    return quickstart.main(folder, seeds)
 
 
 def leaves(folder: Path, step: int) -> dict[str, Any]:
