@@ -215,7 +215,9 @@ class Projection(nn.Module):
         init = nn.with_logical_partitioning(self.kernel_init, self.axes)
         kernel = self.param("kernel", init, (x.shape[-1], self.features), jnp.float32)
         x = x.astype(self.dtype)
-        y = x @ kernel.astype(self.dtype)
+        # As one matrix: XLA for CPUs is a third slower at the gradient of a product of more axes.
+        rows = x.reshape(-1, x.shape[-1])
+        y = (rows @ kernel.astype(self.dtype)).reshape(*x.shape[:-1], self.features)
         return y if lora is None else y + lora_delta(x, lora)
 
 
