@@ -97,7 +97,7 @@ def _predict(args: argparse.Namespace) -> None:
 def _export(args: argparse.Namespace) -> None:
     from hyper_t5 import serve
 
-    print(serve.export(args.adapter, args.out, args.format, args.backbone))
+    print(serve.export(args.adapter, args.out, args.format, args.backbone, args.base_model))
 
 
 def _bench(args: argparse.Namespace) -> None:
@@ -133,6 +133,14 @@ def _number(name: str, default: int, help: str) -> Flag:
 
 
 _WORKDIR = _path("--workdir", "folder of the run: config.json, checkpoints/, metrics")
+_BASE_MODEL: Flag = (
+    "--base-model",
+    {
+        "default": "",
+        "metavar": "NAME",
+        "help": "with peft: the base model's name or path to write in it",
+    },
+)
 _GIN_FILE: Flag = (
     "--gin_file",
     {
@@ -249,14 +257,7 @@ COMMANDS = {
                     "help": "ours, or one that peft's PeftModel loads (default: native)",
                 },
             ),
-            (
-                "--base-model",
-                {
-                    "default": "",
-                    "metavar": "NAME",
-                    "help": "with peft: the base model's name or path to write in it",
-                },
-            ),
+            _BASE_MODEL,
         ],
     ),
     "predict": Command(
@@ -292,6 +293,7 @@ COMMANDS = {
                 },
             ),
             _path("--backbone", "folder of the backbone that the adapter was made for"),
+            _BASE_MODEL,
         ],
     ),
     "bench": Command(

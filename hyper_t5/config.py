@@ -362,8 +362,16 @@ def _validate_system(config: ConfigDict) -> None:
             f"with {config.hypermodel.reader}"
         )
     sites = (*adapters.ATTENTION_SITES, *adapters.MLP_SITES)
+    sizes = t5_config(config)
+    # A backbone's folder decides whether its MLPs are gated, and hypermodels check that.
+    either = [sizes] + [
+        dataclasses.replace(sizes, mlp_activations=names)
+        for names in (("relu",), ("gelu", "linear"))
+        if config.backbone.path
+    ]
+    targets = dict.fromkeys(name for c in either for name in adapters.targets_of(sites, c))
     known = {
-        "adapter.lora_targets": adapters.targets_of(sites, t5_config(config)),
+        "adapter.lora_targets": tuple(targets),
         "adapter.prefix_sites": adapters.ATTENTION_SITES,
     }
     for field, names in known.items():

@@ -113,6 +113,18 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
+def check_writable(file: Path) -> None:
+    """UserError where `file` could not be written; for before long work. Makes its folder."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {file}: {error.strerror}") from error
+    if file.is_dir():
+        raise UserError(f"cannot write {file}: is a folder; give the name of a file")
+    if not os.access(file.parent, os.W_OK):
+        raise UserError(f"cannot write {file}: no right to write in its folder")
+
+
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
     """Writes `content` with one field a line and a newline at the end; see `write_text`."""
     write_text(file, json.dumps(content, indent=1) + "\n")

@@ -97,6 +97,7 @@ def predict(
             "name their adapter by its folder"
         )
     rows = _read_rows(Path(input), names)
+    files.check_writable(Path(output))  # before the long work
     base, loaded = _load(backbone, adapters)
     if base.vocab is None:
         raise UserError(
@@ -203,17 +204,23 @@ def _bucket(length: int) -> int:
 # ------------------------------------------------------------------------------------------ export
 
 
-def export(adapter: str | Path | None, out: str | Path, format: str, backbone: str | Path) -> Path:
+def export(
+    adapter: str | Path | None,
+    out: str | Path,
+    format: str,
+    backbone: str | Path,
+    base_model: str = "",
+) -> Path:
     """Write an adapter for other tools.
 
-    ``peft``: a PEFT folder. ``merged``: the backbone with LoRA inside, in Hugging Face's layout.
+    ``peft``: a PEFT folder that names ``base_model`` (default: the backbone's folder). ``merged``: the backbone with LoRA inside, in Hugging Face's layout.
     ``backbone``: the backbone alone in that layout, for ``PeftModel`` to load the adapter onto.
     """
     if format != "backbone" and adapter is None:
         raise UserError(f"--format {format} needs --adapter, the folder that `hyper-t5 adapt` made")
     base, loaded = _load(backbone, [adapter] if format != "backbone" and adapter else [])
     if format == "peft":
-        return export_lib.export_peft(out, loaded[0], base.sizes, str(backbone))
+        return export_lib.export_peft(out, loaded[0], base.sizes, base_model or str(backbone))
     params = export_lib.merge_lora(base.params, loaded[0]) if format == "merged" else base.params
     weights.save_hf(out, base.sizes, params, base.vocab)
     return Path(out)

@@ -410,7 +410,6 @@ def test_workdir_that_is_a_file(plain: str) -> None:
         (["backbone.path="], "backbone.path is empty"),
         (["hypermodel.gist_tokens=2", "hypermodel.reader=decoder_queries"], "set it to 0"),
         (["adapter.lora_targets=enc_self.qery"], "the nearest is 'enc_self.query'"),
-        (["adapter.lora_targets=enc_mlp.wi"], "unknown adapter.lora_targets 'enc_mlp.wi'"),
         (["adapter.prefix_sites=enc_mlp"], "unknown adapter.prefix_sites 'enc_mlp'"),
         (["adapter.prefix_sites=enc_self,enc_self"], "names one place twice"),
     ],
@@ -429,7 +428,8 @@ def test_contradiction_is_refused(plain: str, given: list[str], expected: str) -
         ["data.use_instruction=False"],
         ["data.use_instruction=False", "data.shots=0,0", "stage=hyperpretrain"],
         ["system=concat", "backbone.path="],
-        ["model.mlp_activations=relu", "adapter.lora_targets=enc_mlp.wi"],
+        ["adapter.lora_targets=enc_mlp.wi"],  # the backbone's folder says whether it has one
+        ["adapter.lora_targets=enc_mlp.wi_0"],
     ],
 )
 def test_sense_is_not_refused(

@@ -566,3 +566,23 @@ def test_needs_no_tensorflow_and_no_torch(
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
     assert load_file(tmp_path / "p" / "adapter_model.safetensors")
+
+
+def test_an_output_that_cannot_be_written_is_told_before_the_work(
+    backbone: Path, made: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = tmp_path / "rows.jsonl"
+    given.write_text('{"input": "a"}\n')
+    argv = ["predict", f"--backbone={backbone}", f"--adapter={made['hyper_lora']['copy']}"]
+    for output, expected in ((tmp_path, "is a folder"), (given / "x", "File exists")):
+        assert expected in fails(capsys, *argv, f"--input={given}", f"--output={output}")
+
+
+def test_peft_adapters_name_the_base_model_asked_for(
+    backbone: Path, made: Any, tmp_path: Path
+) -> None:
+    argv = ["export", "--format=peft", f"--backbone={backbone}", f"--out={tmp_path / 'peft'}"]
+    argv += [f"--adapter={made['hyper_lora']['copy']}", "--base-model=google/t5-v1_1-xl"]
+    assert cli.main(argv) == 0
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "google/t5-v1_1-xl"
