@@ -213,8 +213,9 @@ def export(
 ) -> Path:
     """Write an adapter for other tools.
 
-    ``peft``: a PEFT folder that names ``base_model`` (default: the backbone's folder). ``merged``: the backbone with LoRA inside, in Hugging Face's layout.
-    ``backbone``: the backbone alone in that layout, for ``PeftModel`` to load the adapter onto.
+    ``peft``: a PEFT folder that names ``base_model`` (default: the backbone's folder). ``merged``:
+    the backbone with LoRA inside, in Hugging Face's layout. ``backbone``: the backbone alone in
+    that layout, for ``PeftModel`` to load the adapter onto.
     """
     if format != "backbone" and adapter is None:
         raise UserError(f"--format {format} needs --adapter, the folder that `hyper-t5 adapt` made")
