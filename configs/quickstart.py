@@ -9,9 +9,7 @@ or by hand, one command a stage (the small backbone is shipped with the package)
         --gin.hypermodel.path=run/hyperpretrain
     hyper-t5 evaluate --workdir run/mtf
 
-docs/results.md has the numbers to expect. The backbone itself, from scratch:
-
-    hyper-t5 train --config configs/quickstart.py:system=concat --workdir run/backbone
+docs/results.md has the numbers to expect, and how the small backbone was made.
 """
 
 import importlib.resources
@@ -75,7 +73,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         if args.system != "concat":
             config.optimizer.learning_rate = HYPERPRETRAIN[1]
         config.data.chunk_length, config.data.input_length, config.data.target_length = 72, 24, 24
-    # LoRA multiplies, so without PEFT's lora_bias it could not add a task's vector to the stream.
+    # LoRA multiplies; PEFT's lora_bias also lets it add a task's vector to the stream.
     config.adapter.lora_rank, config.adapter.lora_alpha, config.adapter.lora_bias = 8, 8.0, True
     config.adapter.lora_targets = targets_of((*ATTENTION_SITES, *MLP_SITES), t5_config(config))
     config.adapter.prefix_length = 16
