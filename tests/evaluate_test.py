@@ -85,16 +85,6 @@ def texts(predictions: list[dict[str, Any]]) -> list[str]:
     return [row["prediction"] for row in predictions]
 
 
-def fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    """The one line on stderr of a command that must fail."""
-    capsys.readouterr()
-    assert cli.main(argv) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("hyper-t5: error: ")
-    assert err.count("\n") == 1
-    return err
-
-
 # ------------------------------------------------------------------------------------ metrics
 
 
@@ -324,7 +314,7 @@ def test_a_bad_report_is_told_before_the_work(
         file.write_text(content)
     out = tmp_path / "out"
     argv = ["evaluate", f"--workdir={run_of('none')}", f"--out={out}", f"--compare={file}"]
-    assert expected in fails(capsys, *argv)
+    assert expected in runs.fails(capsys, *argv)
     assert not out.exists()
 
 
@@ -335,7 +325,7 @@ def test_runs_that_cannot_be_judged(
     make: Any, run_of: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def judge(run: Path, *flags: str) -> str:
-        return fails(capsys, "evaluate", f"--workdir={run}", *flags)
+        return runs.fails(capsys, "evaluate", f"--workdir={run}", *flags)
 
     missing = tmp_path / "missing"
     assert f"{missing}/config.json: No such file" in judge(missing)
@@ -382,7 +372,7 @@ def test_a_backbone_of_another_size_or_vocabulary(
     wide = runs.save_backbone(tmp_path / "wide", 0, runs.replace(emb_dim=20))
     for system in ("concat", "hyper_lora"):
         argv = ["evaluate", f"--workdir={run_of(system)}", f"--gin.backbone.path={wide}"]
-        line = fails(capsys, *argv)
+        line = runs.fails(capsys, *argv)
         assert "was made for a backbone with emb_dim=16, but backbone.path has emb_dim=20" in line
 
 

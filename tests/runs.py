@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from hyper_t5 import checkpoint, model, names, quickstart, t5, train, weights, workdir
+from hyper_t5 import checkpoint, cli, model, names, quickstart, t5, train, weights, workdir
 from hyper_t5 import config as config_lib
 from hyper_t5.tasks.synthetic import VOCAB_FILE
 from hyper_t5.vocab import Vocabulary, load_vocab
@@ -114,6 +114,16 @@ def make_config(**fields: Any) -> ConfigDict:
         (config[section] if section else config)[name] = value
     config_lib.validate(config)
     return config
+
+
+def fails(capsys: pytest.CaptureFixture[str], *argv: str, code: int = 2) -> str:
+    """The one line on stderr of a command that must fail."""
+    capsys.readouterr()
+    assert cli.main(argv) == code
+    err = capsys.readouterr().err
+    assert err.startswith("hyper-t5: error: ")
+    assert err.count("\n") == 1
+    return err
 
 
 def run(config: ConfigDict, folder: Path) -> dict[str, float]:

@@ -97,16 +97,6 @@ def predict(
     return [json.loads(line) for line in output.read_text().splitlines()]
 
 
-def fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    """The one line on stderr of a command that must fail."""
-    capsys.readouterr()
-    assert cli.main(argv) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("hyper-t5: error: ")
-    assert err.count("\n") == 1
-    return err
-
-
 def same(a: ad.Adapters, b: ad.Adapters) -> bool:
     leaves = zip(jax.tree.leaves(a.tree), jax.tree.leaves(b.tree), strict=True)
     return all(np.array_equal(x, y) for x, y in leaves)
@@ -176,7 +166,7 @@ def test_an_adapter_is_replaced_and_other_folders_are_not(
     assert same(ad.load(out)[0], ad.load(made["hyper_lora"]["swap"])[0])
     (out / "notes.txt").write_text("mine")
     argv = ["adapt", f"--workdir={run}", f"--task={tmp_path / 'copy.json'}", f"--out={out}"]
-    assert "already holds notes.txt" in fails(capsys, *argv)
+    assert "already holds notes.txt" in runs.fails(capsys, *argv)
     (out / "notes.txt").unlink()
     assert same(ad.load(out)[0], ad.load(made["hyper_lora"]["swap"])[0])
 
@@ -246,7 +236,7 @@ def test_bad_rows_name_file_and_line(
     output.write_text("earlier")
     adapters = [f"--adapter={made['hyper_lora'][name]}" for name in ("copy", "swap")]
     argv = ["predict", f"--backbone={backbone}", *adapters]
-    assert expected in fails(capsys, *argv, f"--input={given}", f"--output={output}")
+    assert expected in runs.fails(capsys, *argv, f"--input={given}", f"--output={output}")
     assert output.read_text() == "earlier"
 
 
@@ -287,16 +277,16 @@ def test_adapters_and_backbones_that_do_not_fit(
         if adapters[0].name != "copy":
             rows.write_text('{"input": "a"}')
         argv = ["predict", f"--backbone={base}", *flags, f"--input={rows}", f"--output={output}"]
-        assert expected in fails(capsys, *argv)
+        assert expected in runs.fails(capsys, *argv)
         if len(adapters) == 1:
             for form in ("peft", "merged"):
                 argv = [f"--adapter={adapters[0]}", f"--backbone={base}", f"--format={form}"]
-                assert expected in fails(capsys, "export", *argv, f"--out={tmp_path / 'x'}")
+                assert expected in runs.fails(capsys, "export", *argv, f"--out={tmp_path / 'x'}")
         rows.write_text('{"input": "a", "adapter": "copy"}')
     assert not output.exists()
     assert not (tmp_path / "x").exists()
     argv = ["export", f"--backbone={backbone}", "--format=peft", f"--out={tmp_path / 'x'}"]
-    assert "--format peft needs --adapter" in fails(capsys, *argv)
+    assert "--format peft needs --adapter" in runs.fails(capsys, *argv)
 
 
 # ------------------------------------------------------------------------------------ export
@@ -379,10 +369,10 @@ def test_what_peft_cannot_say_is_refused(
 ) -> None:
     task, out = task_file(tmp_path, "copy"), f"--out={tmp_path / 'out'}"
     argv = ["adapt", f"--workdir={run_of['hyper_prefix']}", f"--task={task}", out]
-    assert "decoder's self-attention only" in fails(capsys, *argv, "--format=peft")
+    assert "decoder's self-attention only" in runs.fails(capsys, *argv, "--format=peft")
     adapter = f"--adapter={made['hyper_lora']['copy']}"
     argv = ["export", adapter, f"--backbone={backbone}", out, "--format=merged"]
-    assert "export with --format=peft" in fails(capsys, *argv)
+    assert "export with --format=peft" in runs.fails(capsys, *argv)
     assert not (tmp_path / "out").exists()
 
 
@@ -443,10 +433,10 @@ def test_a_bad_task_file_is_one_line_and_keeps_the_earlier_adapter(
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     task.write_text(change(runs.sni_task("task1_copy")))
     argv = ["adapt", f"--workdir={run_of['hyper_lora']}", f"--task={task}", f"--out={out}"]
-    assert expected in fails(capsys, *argv)
+    assert expected in runs.fails(capsys, *argv)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     task.unlink()
-    assert "task.json: cannot read the task file (No such file" in fails(capsys, *argv)
+    assert "task.json: cannot read the task file (No such file" in runs.fails(capsys, *argv)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's own
@@ -461,7 +451,7 @@ def test_workdirs_that_cannot_adapt(
 
     def says(run: Path) -> str:
         argv = ["adapt", f"--workdir={run}", f"--task={task}", f"--out={tmp_path / 'out'}"]
-        line = fails(capsys, *argv)
+        line = runs.fails(capsys, *argv)
         assert not (tmp_path / "out").exists()
         return line
 
@@ -536,9 +526,9 @@ def test_no_space_keeps_the_earlier_files(
 
     monkeypatch.setattr("os.fsync", full)
     for argv in commands[:2]:
-        assert "No space left on device" in fails(capsys, *argv)
+        assert "No space left on device" in runs.fails(capsys, *argv)
     monkeypatch.setattr(Path, "write_text", full)
-    assert f"cannot write {out}: No space left" in fails(capsys, *commands[2])
+    assert f"cannot write {out}: No space left" in runs.fails(capsys, *commands[2])
     assert content() == before
 
 
@@ -575,7 +565,7 @@ def test_an_output_that_cannot_be_written_is_told_before_the_work(
     given.write_text('{"input": "a"}\n')
     argv = ["predict", f"--backbone={backbone}", f"--adapter={made['hyper_lora']['copy']}"]
     for output, expected in ((tmp_path, "is a folder"), (given / "x", "File exists")):
-        assert expected in fails(capsys, *argv, f"--input={given}", f"--output={output}")
+        assert expected in runs.fails(capsys, *argv, f"--input={given}", f"--output={output}")
 
 
 def test_peft_adapters_name_the_base_model_asked_for(

@@ -74,16 +74,6 @@ def files(folder: Path) -> dict[str, str]:
     }
 
 
-def fails(capsys: pytest.CaptureFixture[str], argv: list[str], code: int = 2) -> str:
-    """The one line on stderr of a command that must fail."""
-    capsys.readouterr()
-    assert cli.main(argv) == code
-    err = capsys.readouterr().err
-    assert err.startswith("hyper-t5: error: ")
-    assert err.count("\n") == 1
-    return err
-
-
 # ------------------------------------------------------------------------------- both stages
 
 
@@ -327,7 +317,7 @@ def test_kill_9_in_mid_save_and_resume(make: Any, tmp_path: Path, fields: dict[s
 def test_no_number_is_kept(make: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # The update is finite, the loss after it is not: LoRA's scale is 4, and 4e38 is infinite.
     config = make(optimizer__learning_rate=1e38, train__log_every=4, train__save_every=1)
-    line = fails(capsys, runs.command(config, tmp_path / "a"), code=1)
+    line = runs.fails(capsys, *runs.command(config, tmp_path / "a"), code=1)
     assert "at step 2; the checkpoints before it are good" in line
     assert checkpoint.latest_step(tmp_path / "a") == 1
     last = runs.lines(tmp_path / "a")[-1]
@@ -336,13 +326,13 @@ def test_no_number_is_kept(make: Any, tmp_path: Path, capsys: pytest.CaptureFixt
 
     # The first bad step is named, though nothing was looked at before the fourth.
     config = make(optimizer__learning_rate=1e38, train__log_every=4, train__save_every=4)
-    assert "at step 2;" in fails(capsys, runs.command(config, tmp_path / "b"), code=1)
+    assert "at step 2;" in runs.fails(capsys, *runs.command(config, tmp_path / "b"), code=1)
     assert [line["step"] for line in runs.lines(tmp_path / "b")] == [4]
     assert checkpoint.latest_step(tmp_path / "b") is None
 
     # The loss is finite, the update is not.
     config = make(optimizer__learning_rate=1e38, optimizer__weight_decay=100.0)
-    line = fails(capsys, runs.command(config, tmp_path / "c"), code=1)
+    line = runs.fails(capsys, *runs.command(config, tmp_path / "c"), code=1)
     assert "a parameter or a moment is not finite at step 1" in line
     assert np.isfinite(runs.lines(tmp_path / "c")[0]["loss"])
     assert checkpoint.latest_step(tmp_path / "c") is None
@@ -377,7 +367,7 @@ def test_no_space_keeps_the_previous_checkpoint(
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint.Checkpointer, "save", save_until_full)
-        line = fails(capsys, runs.command(config, run))
+        line = runs.fails(capsys, *runs.command(config, run))
     resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert f"could not save checkpoint {run}/checkpoints/3" in line
     assert "earlier checkpoints are kept" in line
@@ -441,7 +431,7 @@ def test_bad_data_is_one_line_and_can_be_mended(
     bad, run = tmp_path / "sni", tmp_path / "run"
     shutil.copytree(sni, bad)
     spoil(bad)
-    assert expected in fails(capsys, runs.command(make(data__sni_dir=str(bad)), run))
+    assert expected in runs.fails(capsys, *runs.command(make(data__sni_dir=str(bad)), run))
     assert not list(run.glob("checkpoints/*"))
     # The way out that the messages name, in the same workdir.
     monkeypatch.setattr(train, "train", lambda *args: {})
@@ -464,7 +454,7 @@ def test_a_workdir_of_another_config_is_refused(
     make: Any, unbroken: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = files(unbroken)
-    line = fails(capsys, runs.command(make(adapter__lora_rank=4), unbroken))
+    line = runs.fails(capsys, *runs.command(make(adapter__lora_rank=4), unbroken))
     assert "adapter.lora_rank: 2 -> 4" in line
     assert "another --workdir" in line
     assert files(unbroken) == before
@@ -492,7 +482,7 @@ def test_checkpoints_of_another_model_are_refused(
     ]
     for fields, expected in cases:
         config = make(**{"hypermodel__path": str(made)} | fields)
-        assert expected in fails(capsys, runs.command(config, tmp_path / "run"))
+        assert expected in runs.fails(capsys, *runs.command(config, tmp_path / "run"))
 
 
 def test_a_backbone_that_changed_is_refused_at_resume(
