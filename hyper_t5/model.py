@@ -264,11 +264,12 @@ def _trained_backbone(folder: Path, config: ConfigDict) -> Backbone:
     """Of a run that trains one: as in its newest checkpoint, also when it has not ended yet; else
     as it left it, or as it would start.
     """
+    # What it left says its sizes and vocabulary too: where it started from may be gone by now.
+    source = folder if (folder / BACKBONE_FOLDER).is_dir() else config.backbone.path
     if checkpoint.latest_step(folder) is None:
-        left = (folder / BACKBONE_FOLDER).is_dir()
-        return load_backbone(folder if left else config.backbone.path, config)
-    if config.backbone.path:
-        start = load_backbone(config.backbone.path, config)
+        return load_backbone(source, config)
+    if source:
+        start = load_backbone(source, config)
     else:
         start = Backbone(t5_config(config), {}, _config_vocab(config))
     params, meta = checkpoint.load_subtree(folder, "params/backbone")

@@ -104,6 +104,10 @@ def test_both_stages_on_the_embedded_suite(make: Any, tmp_path: Path, system: st
     assert any(name.startswith(f"params/{kind}/") for name in names)
     if system != "concat":
         assert not any("backbone" in name for name in names)
+    shutil.rmtree(first)  # a finished run needs nothing of the one it started from
+    _, _, _, params = model.load_run(second)
+    ended, _ = checkpoint.load_subtree(second, f"params/{kind}")
+    jax.tree.map(np.testing.assert_array_equal, params[kind], ended)
 
 
 @pytest.mark.parametrize(
