@@ -144,33 +144,7 @@ def new_backbone(config: ConfigDict) -> Backbone:
 def build(config: ConfigDict, sizes: t5.T5Config) -> Model:
     """The static parts of ``config.system`` on a backbone of these sizes."""
     make = SYSTEMS[config.system].build
-    module = make(config, sizes) if make else None
-    if module is not None:
-        _check_emits(config, module)
-    return Model(sizes, config.system, module)
-
-
-def _check_emits(config: ConfigDict, module: Any) -> None:
-    """UserError where a hypermodel cannot emit the adapters that the config asks for."""
-    lora, prefix = module.spec.lora, module.spec.prefix
-    for field, places in (
-        ("adapter.lora_targets", lora and lora.targets),
-        ("adapter.prefix_sites", prefix and prefix.sites),
-    ):
-        if places == ():
-            raise UserError(f"{field} is empty: {config.system} would emit nothing; name a place")
-    if getattr(module, "reader", "") != "layerwise":
-        return
-    if prefix and "dec_self" in prefix.sites:
-        raise UserError(
-            "adapter.prefix_sites: hypermodel.reader=layerwise has no keys and values for "
-            "dec_self; leave it out, or set hypermodel.reader to decoder_queries"
-        )
-    if lora and lora.rank % module.gist_tokens:
-        raise UserError(
-            f"adapter.lora_rank={lora.rank} is no multiple of hypermodel.gist_tokens="
-            f"{module.gist_tokens}: each of them emits as many components; set the latter to 0"
-        )
+    return Model(sizes, config.system, make(config, sizes) if make else None)
 
 
 def start(config: ConfigDict) -> tuple[Model, Backbone, Tree, Tree]:

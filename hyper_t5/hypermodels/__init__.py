@@ -15,6 +15,7 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from hyper_t5 import adapters as ad
+from hyper_t5.errors import UserError
 from hyper_t5.hypermodels.hyper_t5 import HyperT5
 from hyper_t5.hypermodels.learned import Learned
 from hyper_t5.t5 import T5Config
@@ -38,29 +39,50 @@ class System:
     concat: bool = False
 
 
+def _places(config: ConfigDict, field: str) -> tuple[str, ...]:
+    """Where ``adapter.FIELD`` says that adapters go; UserError for nowhere."""
+    if not config.adapter[field]:
+        raise UserError(
+            f"adapter.{field} is empty: {config.system} would emit nothing; name a place"
+        )
+    return tuple(config.adapter[field])
+
+
 def _prefix_spec(config: ConfigDict, length: int) -> ad.AdapterSpec:
-    a = config.adapter
-    return ad.AdapterSpec(prefix=ad.PrefixSpec(tuple(a.prefix_sites), length, a.position_bias))
+    sites = _places(config, "prefix_sites")
+    return ad.AdapterSpec(prefix=ad.PrefixSpec(sites, length, config.adapter.position_bias))
 
 
 def _lora_spec(config: ConfigDict) -> ad.AdapterSpec:
     a = config.adapter
-    lora = ad.LoraSpec(tuple(a.lora_targets), a.lora_rank, a.lora_alpha, a.lora_bias)
-    return ad.AdapterSpec(lora=lora)
+    targets = _places(config, "lora_targets")
+    return ad.AdapterSpec(lora=ad.LoraSpec(targets, a.lora_rank, a.lora_alpha, a.lora_bias))
 
 
 def _hyper_prefix(config: ConfigDict, sizes: T5Config) -> nn.Module:
     h = config.hypermodel
     length = config.adapter.prefix_length
     if h.reader == "layerwise":
+        if "dec_self" in config.adapter.prefix_sites:
+            raise UserError(
+                "adapter.prefix_sites: hypermodel.reader=layerwise has no keys and values for "
+                "dec_self; leave it out, or set hypermodel.reader to decoder_queries"
+            )
         length = h.gist_tokens or config.data.hyper_length
     return HyperT5(sizes, _prefix_spec(config, length), h.reader, h.gist_tokens)
 
 
 def _hyper_lora(config: ConfigDict, sizes: T5Config) -> nn.Module:
     h = config.hypermodel
-    gists = h.gist_tokens or config.adapter.lora_rank
-    return HyperT5(sizes, _lora_spec(config), h.reader, gists if h.reader == "layerwise" else 0)
+    rank, gists = config.adapter.lora_rank, 0
+    if h.reader == "layerwise":
+        gists = h.gist_tokens or rank
+        if rank % gists:
+            raise UserError(
+                f"adapter.lora_rank={rank} is no multiple of hypermodel.gist_tokens="
+                f"{gists}: each of them emits as many components; set the latter to 0"
+            )
+    return HyperT5(sizes, _lora_spec(config), h.reader, gists)
 
 
 def _shared_prefix(config: ConfigDict, sizes: T5Config) -> nn.Module:
