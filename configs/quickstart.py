@@ -29,8 +29,8 @@ BUDGET = {  # steps, learning rate
     "shared_prefix": (300, 1e-2),
     "none": (1, 1e-3),
 }
-# The backbone has seen no running text: LoRA that was trained on it at 2e-3 did not come back in the
-# steps above (docs/results.md).
+# The backbone has seen no running text: LoRA that was trained on it at 2e-3 did not come back in
+# the steps above (docs/results.md).
 HYPERPRETRAIN = (150, 1e-4)
 BACKBONE = "assets/quickstart_backbone"  # in the package
 
