@@ -56,6 +56,7 @@ class Sampler(Protocol):
     """A source of training batches: `EpisodeSampler` or `text.TextSampler`."""
 
     stats: Counter[str]
+    names: tuple[str, ...]  # of the tasks that a batch's "tasks" [T] index; () for text
 
     def batch(self, step: int) -> Batch:
         """The global batch of a step."""

@@ -112,7 +112,7 @@ class EpisodeSampler:
 
     `stats` counts over all batches made: episodes, rows, shown_examples, dropped_examples (over the
     length), missing_examples (the task has too few), truncated_instructions, truncated_inputs,
-    truncated_targets.
+    truncated_targets. `names` are the tasks' in their order, which a batch's "tasks" index.
 
     Raises:
         UserError: no tasks; a task without an example to show when no instruction is; an
@@ -131,6 +131,7 @@ class EpisodeSampler:
         if not tasks:
             raise UserError("data.mixture: the list of training tasks is empty")
         self.stats: Counter[str] = Counter()
+        self.names = tuple(task.name for task in tasks)
         self._config = data_config
         self._vocab = vocab
         self._seed = seed % 2**63
@@ -145,19 +146,22 @@ class EpisodeSampler:
             self._check(index)
 
     def batch(self, step: int) -> Batch:
-        """Batch `step`: hyper_inputs [T, Lh], inputs [T, G, Li], targets [T, G, Lt], int32.
+        """Batch `step`: hyper_inputs [T, Lh], inputs [T, G, Li], targets [T, G, Lt], tasks [T].
 
+        All int32; tasks are places in `names`.
         With `concat`, hyper_inputs are [T, 1] (one EOS) and inputs [T, G, Lh + Li].
         """
         c = self._config
         count, rows = c.tasks_per_batch, c.examples_per_task
         wide = c.input_length + (c.hyper_length if self._concat else 0)
+        drawn = self._draw_tasks(step)
         batch = {
+            "tasks": drawn.astype(np.int32),
             "hyper_inputs": np.zeros((count, 1 if self._concat else c.hyper_length), np.int32),
             "inputs": np.zeros((count, rows, wide), np.int32),
             "targets": np.zeros((count, rows, c.target_length), np.int32),
         }
-        for slot, index in enumerate(self._draw_tasks(step)):
+        for slot, index in enumerate(drawn):
             rng = np.random.default_rng([self._seed, step, slot + 1])
             conditioning, asked = self._episode(int(index), rng)
             tokens = self._tasks[index]

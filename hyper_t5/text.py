@@ -413,6 +413,7 @@ class TextSampler:
         self, chunks: ChunkSource, data_config: Any, seed: int, concat: bool = False
     ) -> None:
         self.stats: Counter[str] = Counter()
+        self.names: tuple[str, ...] = ()
         self._chunks = chunks
         self._config = data_config
         self._seed = seed % 2**63
@@ -420,8 +421,9 @@ class TextSampler:
         self._rule = SegmentRule.of(data_config)
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
-        """Batch `step`: hyper_inputs [T, Lh], inputs [T, 1, Li], targets [T, 1, Lt], int32.
+        """Batch `step`: hyper_inputs [T, Lh], inputs [T, 1, Li], targets [T, 1, Lt], tasks [T].
 
+        All int32; tasks are zeros, because text has none (`names` is empty).
         With `concat`, hyper_inputs are [T, 1] and inputs [T, 1, Lh + Li].
         """
         c = self._config
@@ -442,4 +444,5 @@ class TextSampler:
             targets[slot, 0, : len(c_part) + 1] = np.append(c_part, EOS_ID)
             self.stats["tokens"] += len(chunk)
         self.stats["chunks"] += count
-        return {"hyper_inputs": hyper, "inputs": inputs, "targets": targets}
+        tasks = np.zeros(count, np.int32)
+        return {"tasks": tasks, "hyper_inputs": hyper, "inputs": inputs, "targets": targets}

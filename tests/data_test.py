@@ -245,18 +245,37 @@ def test_batches_are_a_pure_function_of_seed_and_step() -> None:
 def test_batch_layout() -> None:
     batch = sampler([rows_of(name) for name in "abcd"]).batch(0)
     assert {key: value.shape for key, value in batch.items()} == {
+        "tasks": (3,),
         "hyper_inputs": (3, 160),
         "inputs": (3, 4, 24),
         "targets": (3, 4, 12),
     }
-    for value in batch.values():
-        assert value.dtype == np.int32
+    assert {value.dtype for value in batch.values()} == {np.dtype(np.int32)}
+    for key in ("hyper_inputs", "inputs", "targets"):
+        value = batch[key]
         for row in value.reshape(-1, value.shape[-1]):
             length = int(np.sum(row != 0))
             assert row[length - 1] == EOS_ID
             assert not row[length:].any()
     names = {BYTES.decode(row)[len("Definition of ")] for row in batch["hyper_inputs"]}
     assert len(names) == 3, "a batch repeats a task though there are enough"
+
+
+@pytest.mark.parametrize("concat", [False, True])
+def test_task_ids_are_of_the_rows_in_the_same_slot(concat: bool) -> None:
+    rates = {"d": 2.0, "b": 1.0, "a": 1.0}
+    made = sampler([rows_of(name, rate=rate) for name, rate in rates.items()], concat=concat)
+    assert made.names == ("d", "b", "a")
+    seen = set()
+    for step in range(20):
+        batch = made.batch(step)
+        seen.update(batch["tasks"].tolist())
+        for task, rows in zip(batch["tasks"], batch["inputs"], strict=True):
+            asked = f"{made.names[task]} row "
+            assert all(
+                BYTES.decode(row).rpartition("\nInput: ")[2].startswith(asked) for row in rows
+            )
+    assert seen == {0, 1, 2}
 
 
 def shown_and_asked(batch: dict[str, np.ndarray]) -> Iterator[tuple[list[str], list[str]]]:
@@ -619,6 +638,9 @@ def test_text_batches_are_pure_and_are_of_the_documents(tmp_path: Path) -> None:
     config = text_config(path, cache_dir=str(tmp_path / "cache"))
     made, again = data.make_sampler(config, BYTES), data.make_sampler(config, BYTES)
     joined = data.make_sampler(config, BYTES, concat=True)
+    assert made.names == joined.names == ()
+    assert made.batch(0)["tasks"].tolist() == [0, 0, 0]
+    assert made.batch(0)["tasks"].dtype == np.int32
     first = [made.batch(step) for step in range(12)]
     for step in reversed(range(12)):
         repeated, whole = again.batch(step), joined.batch(step)
