@@ -18,11 +18,12 @@ from typing import Any, Protocol
 
 from hyper_t5.episodes import Batch, EpisodeSampler, EvalTask, eval_episodes
 from hyper_t5.errors import UserError
-from hyper_t5.taskfile import Row, TaskRows, format_conditioning
+from hyper_t5.taskfile import LAYOUTS, Row, TaskRows, format_conditioning
 from hyper_t5.text import TextSampler
 from hyper_t5.vocab import Vocabulary, load_vocab
 
 __all__ = [
+    "LAYOUTS",
     "MIXTURES",
     "Batch",
     "EpisodeSampler",
@@ -49,6 +50,8 @@ __all__ = [
 MIXTURES = {
     "synthetic": "hyper_t5.tasks.synthetic",
     "sni": "hyper_t5.tasks.super_ni",
+    "glue": "hyper_t5.tasks.glue",
+    "extractive_qa": "hyper_t5.tasks.extractive_qa",
 }
 
 
@@ -124,15 +127,15 @@ def _module(mixture: str) -> Any:
 # ------------------------------------------------------------------------ streams of batches
 
 
-def make_sampler(config: Any, vocab: Vocabulary, concat: bool = False) -> Sampler:
-    """The sampler of `config.stage`, over `data.mixture` or `data.text`."""
+def make_sampler(config: Any, vocab: Vocabulary, layout: str = "apart") -> Sampler:
+    """The sampler of `config.stage`, over `data.mixture` or `data.text`, in one of LAYOUTS."""
     if config.stage == "hyperpretrain":
         chunks = importlib.import_module("hyper_t5.tasks.text").open_chunks(
             config.data, vocab, config.seed
         )
-        return TextSampler(chunks, config.data, config.seed, concat)
+        return TextSampler(chunks, config.data, config.seed, layout)
     tasks = load_tasks(config.data.mixture, config.data, "train", vocab)
-    return EpisodeSampler(tasks, vocab, config.data, config.seed, concat)
+    return EpisodeSampler(tasks, vocab, config.data, config.seed, layout)
 
 
 def train_batches(sampler: Sampler, start_step: int = 0, ahead: int = 2) -> Iterator[Batch]:

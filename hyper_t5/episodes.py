@@ -19,6 +19,7 @@ import numpy as np
 from hyper_t5.errors import UserError
 from hyper_t5.taskfile import (
     INPUT_LABEL,
+    LAYOUTS,
     Conditioning,
     Example,
     Row,
@@ -125,9 +126,10 @@ class EpisodeSampler:
         vocab: Vocabulary,
         data_config: Any,
         seed: int,
-        concat: bool = False,
+        layout: str = "apart",
     ) -> None:
-        """`concat` puts the conditioning in front of each input instead: see `_concat_ids`."""
+        """`layout` is one of LAYOUTS; for "concat" see `_concat_ids`."""
+        assert layout in LAYOUTS, layout
         if not tasks:
             raise UserError("data.mixture: the list of training tasks is empty")
         self.stats: Counter[str] = Counter()
@@ -135,7 +137,7 @@ class EpisodeSampler:
         self._config = data_config
         self._vocab = vocab
         self._seed = seed % 2**63
-        self._concat = concat
+        self._concat, self._each_ends = layout == "concat", layout == "parts"
         self._label = np.array(vocab.encode(INPUT_LABEL), np.int32)
         self._shots = _shots(data_config.shots, data_config.use_instruction)
         self._tasks = [_tokenise(task, vocab, data_config) for task in tasks]
@@ -149,7 +151,7 @@ class EpisodeSampler:
         """Batch `step`: hyper_inputs [T, Lh], inputs [T, G, Li], targets [T, G, Lt], tasks [T].
 
         All int32; tasks are places in `names`.
-        With `concat`, hyper_inputs are [T, 1] (one EOS) and inputs [T, G, Lh + Li].
+        With layout "concat", hyper_inputs are [T, 1] (one EOS) and inputs [T, G, Lh + Li].
         """
         c = self._config
         count, rows = c.tasks_per_batch, c.examples_per_task
@@ -211,6 +213,7 @@ class EpisodeSampler:
             c.hyper_length,
             c.get("on_long_instruction", "raise"),
             tokens.task.name,
+            self._each_ends,
         )
         self.stats["shown_examples"] += len(shown) - conditioning.dropped
         self.stats["dropped_examples"] += conditioning.dropped
@@ -302,10 +305,10 @@ class EvalTask:
         category: of the task, '' when it has none.
         instruction: the text, whether it is shown or not.
         shown: the examples that the conditioning holds, as text.
-        hyper_ids: [Lh] int32, padded; [1] with `concat`.
+        hyper_ids: [Lh] int32, padded; [1] with layout "concat".
         ids: of the rows [n].
         texts: the rows' inputs [n].
-        inputs: [n, Li] int32, padded; [n, Lh + Li] with `concat`.
+        inputs: [n, Li] int32, padded; [n, Lh + Li] with layout "concat".
         references: [n][r] texts.
         dropped: examples that did not fit.
         truncated_instruction: whether the conditioning was cut (data.on_long_instruction).
@@ -327,24 +330,26 @@ class EvalTask:
 
 
 def eval_episodes(
-    tasks: Sequence[TaskRows], vocab: Vocabulary, config: Any, concat: bool = False
+    tasks: Sequence[TaskRows], vocab: Vocabulary, config: Any, layout: str = "apart"
 ) -> list[EvalTask]:
     """Every task with its first `eval.max_rows_per_task` rows and `eval.shots` shown examples.
 
     Nothing is drawn. Shown examples are the first of the pool, then rows beyond the asked ones,
-    that have not the text of an asked row; the asked rows stay the official ones.
+    that have not the text of an asked row; the asked rows stay the official ones. `layout` is one
+    of LAYOUTS, as in training.
 
     Raises:
         UserError: no tasks; a conditioning that is empty, or over-long with
             `data.on_long_instruction='raise'`.
     """
+    assert layout in LAYOUTS, layout
     if not tasks:
         raise UserError("eval.mixture: the list of tasks to evaluate is empty")
-    return [_eval_task(task, vocab, config, concat) for task in tasks]
+    return [_eval_task(task, vocab, config, layout) for task in tasks]
 
 
-def _eval_task(task: TaskRows, vocab: Vocabulary, config: Any, concat: bool) -> EvalTask:
-    c = config.data
+def _eval_task(task: TaskRows, vocab: Vocabulary, config: Any, layout: str) -> EvalTask:
+    c, concat = config.data, layout == "concat"
     asked = task.rows[: config.eval.max_rows_per_task or None]
     # Where it must stand alone an example that does not fit is passed over, as in training.
     longest = None if c.use_instruction else c.hyper_length - 1
@@ -355,6 +360,7 @@ def _eval_task(task: TaskRows, vocab: Vocabulary, config: Any, concat: bool) -> 
         c.hyper_length,
         c.get("on_long_instruction", "raise"),
         task.name,
+        each_ends=layout == "parts",
     )
     wide = c.input_length + (c.hyper_length if concat else 0)
     label = np.array(vocab.encode(INPUT_LABEL), np.int32)

@@ -13,7 +13,7 @@ The conditioning text, the same for training, evaluation and `adapt`:
 
 The labels are those of the published instruction-tuned T5s; nothing else is added, because with a
 byte vocabulary every label costs length. The instruction and each example are encoded on their own
-and joined as ids, so that an example can be dropped whole.
+and joined as ids, so that an example can be dropped whole. In the layout "parts" each ends in EOS.
 """
 
 from __future__ import annotations
@@ -34,6 +34,11 @@ from hyper_t5.vocab import EOS_ID, Vocabulary
 
 INPUT_LABEL = "\nInput: "
 OUTPUT_LABEL = "\nOutput: "
+
+# Where the conditioning goes: "apart", to the hypermodel; "concat", in front of each input;
+# "parts", to the hypermodel with an EOS after the instruction and after each example, so that a
+# reader can tell them apart and encode each alone (FiD-ICL, Ye et al. 2023).
+LAYOUTS = ("apart", "concat", "parts")
 
 OnBadRow = Literal["raise", "skip"]
 OnLong = Literal["raise", "truncate"]
@@ -268,6 +273,7 @@ def join_conditioning(
     max_len: int,
     on_long: OnLong = "raise",
     where: str = "the task",
+    each_ends: bool = False,
 ) -> Conditioning:
     """Joins encoded instruction and examples, dropping whole examples, last first, to fit.
 
@@ -278,10 +284,15 @@ def join_conditioning(
         on_long: what to do when the instruction alone (or, without one, the first example alone)
             does not fit: raise, or cut it.
         where: what errors call the task: its name or file.
+        each_ends: the instruction and each example end in an EOS of their own.
 
     Raises:
         UserError: nothing to condition on, or over-long and `on_long` is 'raise'.
     """
+    if each_ends:  # between the parts; the last one's is the EOS that ends every conditioning
+        alone = 0 if len(instruction) else 1
+        ended = [np.append(np.int32(EOS_ID), ids) for ids in examples[alone:]]
+        examples = [*examples[:alone], *ended]
     room = max_len - 1 - len(instruction)
     kept = 0
     for ids in examples:
@@ -314,8 +325,9 @@ def format_conditioning(
     max_len: int,
     on_long: OnLong = "raise",
     where: str = "the task",
+    each_ends: bool = False,
 ) -> tuple[np.ndarray, int]:
     """`join_conditioning` of texts: ([<= max_len] int32 ids ending in EOS, examples dropped)."""
     ids = vocab.encode(instruction.strip())
     shown = [vocab.encode(example_text(example)) for example in examples]
-    return join_conditioning(ids, shown, max_len, on_long, where)[:2]
+    return join_conditioning(ids, shown, max_len, on_long, where, each_ends)[:2]

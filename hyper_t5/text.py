@@ -26,7 +26,7 @@ from typing import IO, Any, Protocol
 import numpy as np
 
 from hyper_t5.errors import UserError
-from hyper_t5.taskfile import OnBadRow
+from hyper_t5.taskfile import LAYOUTS, OnBadRow
 from hyper_t5.vocab import EOS_ID, Vocabulary
 
 SUFFIXES = (".jsonl", ".jsonl.xz", ".txt")
@@ -399,9 +399,10 @@ def caclm_split(
 class TextSampler:
     """Hyperpretraining batches: T chunks, each an episode with G = 1.
 
-    hyper_inputs = A EOS D EOS, inputs = B EOS, targets = C EOS. With `concat`, for a backbone that
-    is trained to read it all itself: hyper_inputs = EOS alone and inputs = A EOS D EOS B EOS, the
-    other layout's two parts one after the other, which is the order that episodes have too.
+    hyper_inputs = A EOS D EOS, inputs = B EOS, targets = C EOS, in layout "parts" too: A and D end
+    in EOS anyway. With "concat", for a backbone that is trained to read it all itself: hyper_inputs
+    = EOS alone and inputs = A EOS D EOS B EOS, the other layout's two parts one after the other,
+    which is the order that episodes have too.
 
     `stats` counts chunks and tokens.
 
@@ -410,21 +411,22 @@ class TextSampler:
     """
 
     def __init__(
-        self, chunks: ChunkSource, data_config: Any, seed: int, concat: bool = False
+        self, chunks: ChunkSource, data_config: Any, seed: int, layout: str = "apart"
     ) -> None:
+        assert layout in LAYOUTS, layout
         self.stats: Counter[str] = Counter()
         self.names: tuple[str, ...] = ()
         self._chunks = chunks
         self._config = data_config
         self._seed = seed % 2**63
-        self._concat = concat
+        self._concat = layout == "concat"
         self._rule = SegmentRule.of(data_config)
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
         """Batch `step`: hyper_inputs [T, Lh], inputs [T, 1, Li], targets [T, 1, Lt], tasks [T].
 
         All int32; tasks are zeros, because text has none (`names` is empty).
-        With `concat`, hyper_inputs are [T, 1] and inputs [T, 1, Lh + Li].
+        With layout "concat", hyper_inputs are [T, 1] and inputs [T, 1, Lh + Li].
         """
         c = self._config
         count = c.tasks_per_batch

@@ -103,8 +103,16 @@ def rows_of(name: str, rows: int = 8, examples: int = 3, **fields: Any) -> TaskR
     )
 
 
-def sampler(tasks: list[TaskRows], seed: int = 0, concat: bool = False, **fields: Any) -> Any:
-    return data.EpisodeSampler(tasks, BYTES, make_config(**fields).data, seed, concat)
+def sampler(tasks: list[TaskRows], seed: int = 0, layout: str = "apart", **fields: Any) -> Any:
+    return data.EpisodeSampler(tasks, BYTES, make_config(**fields).data, seed, layout)
+
+
+def ended_parts(ids: np.ndarray) -> list[str]:
+    """The texts of a padded row's parts, each of which ends in EOS."""
+    ids = ids[: np.count_nonzero(ids)]
+    assert ids[-1] == EOS_ID
+    parts = np.split(ids, np.flatnonzero(ids == EOS_ID) + 1)[:-1]
+    return [BYTES.decode(part[:-1]) for part in parts]
 
 
 # ---------------------------------------------------------------------------- task files
@@ -222,6 +230,24 @@ def test_conditioning_drops_whole_examples_last_first() -> None:
         format_conditioning("", examples, BYTES, 10)
 
 
+def test_parts_end_in_an_eos_each_and_none_is_cut() -> None:
+    examples = [("one", "1"), ("two", "2"), ("three", "3")]
+    for instruction in ("Count.", ""):
+        texts = [text for text in (instruction, *map(example_text, examples)) if text]
+        sizes = [len(BYTES.encode(text)) + 1 for text in texts]
+        for length in range(sum(sizes), sizes[0] - 1, -1):
+            fit = int(np.sum(np.cumsum(sizes) <= length))
+            ids, dropped = format_conditioning(instruction, examples, BYTES, length, each_ends=True)
+            assert ended_parts(ids) == texts[:fit]
+            assert dropped == len(texts) - fit
+    cut, dropped = format_conditioning(
+        "Count.", examples, BYTES, 6, on_long="truncate", each_ends=True
+    )
+    assert (ended_parts(cut), dropped) == (["Count"], 3)
+    with pytest.raises(UserError, match="the first example alone is 21 tokens"):
+        format_conditioning("", examples, BYTES, 21, each_ends=True)
+
+
 # ------------------------------------------------------------------------------ episodes
 
 
@@ -261,10 +287,10 @@ def test_batch_layout() -> None:
     assert len(names) == 3, "a batch repeats a task though there are enough"
 
 
-@pytest.mark.parametrize("concat", [False, True])
-def test_task_ids_are_of_the_rows_in_the_same_slot(concat: bool) -> None:
+@pytest.mark.parametrize("layout", data.LAYOUTS)
+def test_task_ids_are_of_the_rows_in_the_same_slot(layout: str) -> None:
     rates = {"d": 2.0, "b": 1.0, "a": 1.0}
-    made = sampler([rows_of(name, rate=rate) for name, rate in rates.items()], concat=concat)
+    made = sampler([rows_of(name, rate=rate) for name, rate in rates.items()], layout=layout)
     assert made.names == ("d", "b", "a")
     seen = set()
     for step in range(20):
@@ -361,7 +387,7 @@ def test_what_cannot_be_an_episode_is_refused_at_the_start() -> None:
 
 def test_concat_reads_the_same_episodes() -> None:
     tasks = [rows_of(name) for name in "abcd"]
-    apart, joined = sampler(tasks), sampler(tasks, concat=True)
+    apart, joined = sampler(tasks), sampler(tasks, layout="concat")
     for step in range(5):
         one, other = apart.batch(step), joined.batch(step)
         assert other["hyper_inputs"].tolist() == [[EOS_ID]] * 3
@@ -373,9 +399,43 @@ def test_concat_reads_the_same_episodes() -> None:
             for row, read in zip(inputs, whole, strict=True):
                 expected = f"{BYTES.decode(hyper)}\nInput: {BYTES.decode(row)}"
                 assert BYTES.decode(read) == expected
-    full = sampler([rows_of("a")], concat=True, hyper_length=17, input_length=8, shots=(0, 0))
+    full = sampler([rows_of("a")], layout="concat", hyper_length=17, input_length=8, shots=(0, 0))
     assert (full.batch(0)["inputs"][..., -1] == EOS_ID).all()
     assert full.stats["truncated_inputs"] == 12
+
+
+@pytest.mark.parametrize("use_instruction", [True, False])
+def test_parts_are_the_same_episodes_with_an_eos_after_each(use_instruction: bool) -> None:
+    tasks = [rows_of(name) for name in "abcd"]
+    fields: dict[str, Any] = {"use_instruction": use_instruction, "shots": (0, 3)}
+    apart, parts = (sampler(tasks, layout=layout, **fields) for layout in ("apart", "parts"))
+    counts = set()
+    for step in range(10):
+        one, other = apart.batch(step), parts.batch(step)
+        for key in ("tasks", "inputs", "targets"):
+            np.testing.assert_array_equal(one[key], other[key])
+        assert other["hyper_inputs"].shape == one["hyper_inputs"].shape
+        for whole, ended in zip(one["hyper_inputs"], other["hyper_inputs"], strict=True):
+            texts = ended_parts(ended)
+            assert texts[0].startswith("Definition") == use_instruction
+            assert all(text.startswith("\nInput: ") for text in texts[use_instruction:])
+            assert "".join(texts) == BYTES.decode(whole)
+            counts.add(len(texts) - use_instruction)
+    assert counts == ({0, 1, 2, 3} if use_instruction else {1, 2, 3})
+    assert parts.stats == apart.stats
+
+
+def test_an_unknown_layout_is_a_mistake_of_ours(tmp_path: Path) -> None:
+    config = text_config(write_text(tmp_path / "a.jsonl", DOCUMENTS), cache_dir=str(tmp_path))
+    for made in (
+        lambda layout: sampler([rows_of("a")], layout=layout),
+        lambda layout: data.eval_episodes([rows_of("a")], BYTES, make_config(), layout),
+        lambda layout: data.make_sampler(config, BYTES, layout),
+    ):
+        for layout in data.LAYOUTS:
+            made(layout)
+        with pytest.raises(AssertionError, match="aside"):
+            made("aside")
 
 
 def test_eval_episodes_are_fixed_and_apart() -> None:
@@ -392,9 +452,15 @@ def test_eval_episodes_are_fixed_and_apart() -> None:
         map(example_text, found.shown)
     )
     assert found.hyper_ids.shape == (160,)
-    whole = data.eval_episodes([task], BYTES, make_config(), concat=True)[0]
+    whole = data.eval_episodes([task], BYTES, make_config(), "concat")[0]
     assert (whole.hyper_ids.tolist(), whole.inputs.shape) == ([EOS_ID], (5, 184))
     assert BYTES.decode(whole.inputs[0]) == BYTES.decode(found.hyper_ids) + "\nInput: a row 0"
+    parts = data.eval_episodes([task], BYTES, make_config(), "parts")[0]
+    assert ended_parts(parts.hyper_ids) == [
+        "Definition of a.",
+        *(example_text(example) for example in found.shown),
+    ]
+    np.testing.assert_array_equal(parts.inputs, found.inputs)
 
 
 # ------------------------------------------------------------------------- SNI and SeqIO
@@ -637,7 +703,7 @@ def test_text_batches_are_pure_and_are_of_the_documents(tmp_path: Path) -> None:
     path = write_text(tmp_path / "a.jsonl.xz", DOCUMENTS)
     config = text_config(path, cache_dir=str(tmp_path / "cache"))
     made, again = data.make_sampler(config, BYTES), data.make_sampler(config, BYTES)
-    joined = data.make_sampler(config, BYTES, concat=True)
+    joined, parts = (data.make_sampler(config, BYTES, name) for name in ("concat", "parts"))
     assert made.names == joined.names == ()
     assert made.batch(0)["tasks"].tolist() == [0, 0, 0]
     assert made.batch(0)["tasks"].dtype == np.int32
@@ -646,6 +712,7 @@ def test_text_batches_are_pure_and_are_of_the_documents(tmp_path: Path) -> None:
         repeated, whole = again.batch(step), joined.batch(step)
         for key, value in first[step].items():
             np.testing.assert_array_equal(value, repeated[key])
+            np.testing.assert_array_equal(value, parts.batch(step)[key])
         np.testing.assert_array_equal(whole["targets"], first[step]["targets"])
         for slot in range(3):
             hyper, read, target = (
