@@ -51,7 +51,6 @@ MIXTURES = {
     "synthetic": "hyper_t5.tasks.synthetic",
     "sni": "hyper_t5.tasks.super_ni",
     "glue": "hyper_t5.tasks.glue",
-    "glue": "hyper_t5.tasks.glue",
     "extractive_qa": "hyper_t5.tasks.extractive_qa",
 }
 
