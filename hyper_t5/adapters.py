@@ -5,12 +5,18 @@ of them. Shapes use N layers of a stack, T tasks, D model width, H heads, K head
 P prefix length. Every leaf leads with ``[N, T]``, so that it rides the scan over layers and so that
 the rows of task t, and no others, see slice t.
 
-    tree["enc_self"]["query"]  = {"a": [N,T,D,R], "b": [N,T,R,H*K], optional "bias": [N,T,H*K]}
-    tree["enc_self"]["prefix"] = {"key", "value": [N,T,P,H,K], optional "mask": bool [N,T,P]}
+    tree["enc_self"]["query"]     = {"a": [N,T,D,R], "b": [N,T,R,H*K], optional "bias": [N,T,H*K]}
+    tree["enc_self"]["prefix"]    = {"key", "value": [N,T,P,H,K], optional "mask": bool [N,T,P]}
+    tree["enc_mlp"]["bottleneck"] = {"down": [N,T,D,A], "up": [N,T,A,D], "down_bias": [N,T,A],
+                                     "up_bias": [N,T,D]}
+    tree["memory"]                = {"states": [1,T,M,D], "mask": bool [1,T,M]}
 
 LoRA's effect is ``y += (x a b + bias) * alpha / R`` (Hu et al. 2021; the bias is PEFT's
 ``lora_bias``). A prefix adds P keys and values that every row of the task may attend to
-(Li & Liang 2021).
+(Li & Liang 2021). A bottleneck adapter stands beside an MLP (He et al. 2022):
+``y += act(x down + down_bias) up + up_bias``. Memory is M encoded tokens that the decoder
+cross-attends beside the encoded input (fusion-in-decoder: HINT, FiD-ICL); it has no layers, so its
+N is 1.
 """
 
 from __future__ import annotations
@@ -33,6 +39,8 @@ ATTENTION_SITES = ("enc_self", "dec_self", "dec_cross")
 MLP_SITES = ("enc_mlp", "dec_mlp")
 ATTENTION_PROJECTIONS = ("query", "key", "value", "out")
 POSITION_BIASES = ("hf", "zero")
+MEMORY = "memory"  # beside the sites in an adapters tree
+HYPERMODEL = "hypermodel"  # beside them in a folder
 
 SPEC_FILE = "adapter_spec.json"
 TENSOR_FILE = "adapter.safetensors"
@@ -88,11 +96,30 @@ class PrefixSpec:
 
 
 @dataclasses.dataclass(frozen=True)
+class BottleneckSpec:
+    """Two-layer adapters beside the MLPs at ``sites``, of width ``sizes[i]`` at ``sites[i]``.
+
+    ``input``: ``"normed"`` is what the MLP reads (HINT), ``"raw"`` the residual stream before the
+    norm (Hyperdecoders).
+    """
+
+    sites: tuple[str, ...]
+    sizes: tuple[int, ...]
+    activation: str = "gelu"
+    input: str = "normed"
+
+
+@dataclasses.dataclass(frozen=True)
 class AdapterSpec:
-    """Static description of one backbone's adapters; stored with every checkpoint and export."""
+    """Static description of one backbone's adapters; stored with every checkpoint and export.
+
+    ``memory`` is M, 0 without.
+    """
 
     lora: LoraSpec | None = None
     prefix: PrefixSpec | None = None
+    bottleneck: BottleneckSpec | None = None
+    memory: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON can hold it."""
@@ -101,11 +128,18 @@ class AdapterSpec:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> AdapterSpec:
         """Inverse of ``to_dict``; KeyError or TypeError where a field is missing or unknown."""
-        lora, prefix = data.get("lora"), data.get("prefix")
-        return cls(
-            lora=LoraSpec(**{**lora, "targets": tuple(lora["targets"])}) if lora else None,
-            prefix=PrefixSpec(**{**prefix, "sites": tuple(prefix["sites"])}) if prefix else None,
-        )
+        kinds: dict[str, Any] = {
+            "lora": LoraSpec,
+            "prefix": PrefixSpec,
+            "bottleneck": BottleneckSpec,
+        }
+        made = {}
+        for name, kind in kinds.items():
+            fields = data.get(name)
+            if fields:  # JSON has lists where specs have tuples
+                fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+                made[name] = kind(**fields)
+        return cls(**made, memory=int(data.get("memory", 0)))
 
 
 @struct.dataclass
@@ -117,8 +151,9 @@ class Adapters:
 
     @property
     def num_tasks(self) -> int:
-        """T."""
-        return jax.tree.leaves(self.tree)[0].shape[1]
+        """T; 1 where nothing is adapted."""
+        leaves = jax.tree.leaves(self.tree)
+        return leaves[0].shape[1] if leaves else 1
 
 
 def targets_of(
@@ -173,14 +208,32 @@ def shapes(spec: AdapterSpec, dims: Dims, num_tasks: int) -> dict[str, Any]:
             n, slots = num_layers(site, dims), spec.prefix.length
             shape = (n, num_tasks, slots, dims.num_heads, dims.head_dim)
             tree.setdefault(site, {})["prefix"] = {"key": shape, "value": shape}
+    if spec.bottleneck:
+        for site, size in zip(spec.bottleneck.sites, spec.bottleneck.sizes, strict=True):
+            if site not in MLP_SITES:
+                raise UserError(f"adapter.bottleneck_sites: {site!r} is none of {MLP_SITES}")
+            n, d = num_layers(site, dims), dims.emb_dim
+            tree.setdefault(site, {})["bottleneck"] = {
+                "down": (n, num_tasks, d, size),
+                "down_bias": (n, num_tasks, size),
+                "up": (n, num_tasks, size, d),
+                "up_bias": (n, num_tasks, d),
+            }
+    if spec.memory:
+        tree[MEMORY] = {
+            "states": (1, num_tasks, spec.memory, dims.emb_dim),
+            "mask": (1, num_tasks, spec.memory),
+        }
     return tree
 
 
 def zeros(spec: AdapterSpec, dims: Dims, num_tasks: int) -> Adapters:
-    """Adapters without effect: LoRA of zeros, prefixes that no row may attend to."""
+    """Adapters without effect: zeros, and prefixes and memory that no row may attend to."""
     tree = jax.tree.map(
         jnp.zeros, shapes(spec, dims, num_tasks), is_leaf=lambda x: type(x) is tuple
     )
+    if spec.memory:
+        tree[MEMORY]["mask"] = tree[MEMORY]["mask"].astype(bool)
     for site in spec.prefix.sites if spec.prefix else ():
         shape = tree[site]["prefix"]["key"].shape[:3]
         tree[site]["prefix"]["mask"] = jnp.zeros(shape, bool)
@@ -201,8 +254,9 @@ def concatenate(many: Sequence[Adapters]) -> Adapters:
 
 
 def parameters_per_task(adapters: Adapters) -> int:
-    """How many numbers describe one task."""
-    return sum(int(np.prod(x.shape)) // x.shape[1] for x in jax.tree.leaves(adapters.tree))
+    """How many numbers describe one task; masks are none."""
+    numbers = [x for x in jax.tree.leaves(adapters.tree) if x.dtype != bool]
+    return sum(int(np.prod(x.shape)) // x.shape[1] for x in numbers)
 
 
 def check(adapters: Adapters, dims: Dims, where: str) -> None:
@@ -222,13 +276,21 @@ def check(adapters: Adapters, dims: Dims, where: str) -> None:
 # ---------------------------------------------------------------------------------------- on disk
 
 
-def save(folder: str | os.PathLike[str], adapters: Adapters, meta: dict[str, Any]) -> Path:
+def save(
+    folder: str | os.PathLike[str],
+    adapters: Adapters,
+    meta: dict[str, Any],
+    hypermodel: dict[str, Any] | None = None,
+) -> Path:
     """Write the native adapter folder: all tasks in it, the spec, and ``meta`` (JSON).
+
+    ``hypermodel``: its parameters, where adapters are made anew for each input and so are not yet.
 
     An adapter that lies there is replaced, whole or not at all; UserError where the folder holds
     other files, or cannot be written.
     """
-    flat = {k: np.asarray(v) for k, v in _flatten(adapters.tree).items()}
+    tree = adapters.tree if hypermodel is None else {**adapters.tree, HYPERMODEL: hypermodel}
+    flat = {k: np.asarray(v) for k, v in _flatten(tree).items()}
     header = {"format": FORMAT, "spec": adapters.spec.to_dict(), "meta": meta}
     with files.replaced_folder(folder, (SPEC_FILE, TENSOR_FILE)) as fresh:
         files.write_safetensors(fresh / TENSOR_FILE, flat)
@@ -236,8 +298,10 @@ def save(folder: str | os.PathLike[str], adapters: Adapters, meta: dict[str, Any
     return Path(folder)
 
 
-def load(folder: str | os.PathLike[str]) -> tuple[Adapters, dict[str, Any]]:
-    """Read a native adapter folder back: (adapters, meta)."""
+def load(
+    folder: str | os.PathLike[str],
+) -> tuple[Adapters, dict[str, Any], dict[str, Any] | None]:
+    """Read a native adapter folder back: (adapters, meta, hypermodel or None)."""
     folder = Path(folder)
     if not (folder / SPEC_FILE).is_file():
         raise UserError(
@@ -264,7 +328,8 @@ def load(folder: str | os.PathLike[str]) -> tuple[Adapters, dict[str, Any]]:
         node[leaf] = value
         if value.dtype != bool and not np.isfinite(value.astype(np.float32)).all():
             raise UserError(f"{folder / TENSOR_FILE}: {name} has non-finite numbers; make it again")
-    return Adapters(tree, spec), header.get("meta", {})
+    hypermodel = tree.pop(HYPERMODEL, None)
+    return Adapters(tree, spec), header.get("meta", {}), hypermodel
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

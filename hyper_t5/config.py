@@ -40,14 +40,17 @@ if TYPE_CHECKING:
 def defaults() -> ConfigDict:
     """Every field with its default, locked: a run of toy size on the embedded task suite."""
     from hyper_t5 import t5  # imports JAX, which reading overrides must not cost
+    from hyper_t5.hypermodels import SYSTEMS
 
     sections = {
         "seed": 0,
-        "stage": "mtf",  # 'hyperpretrain' (raw text) | 'mtf' (episodes)
+        # 'hyperpretrain' (raw text) | 'mtf' (episodes) | 'peft' (the tasks that are judged, by the
+        # rows that are not: for adapters learned for each task)
+        "stage": "mtf",
         "system": "hyper_prefix",  # a name in hypermodels.SYSTEMS
         "model": dataclasses.asdict(t5.preset("tiny")),
         "backbone": {
-            "path": "",  # folder of the frozen backbone; '' = random, for system 'concat' only
+            "path": "",  # the backbone's folder; '' = random, for systems that train it
             "dtype": "float32",  # storage of the frozen weights: 'float32' | 'bfloat16'
         },
         "hypermodel": {
@@ -71,10 +74,17 @@ def defaults() -> ConfigDict:
             "prefix_length": 32,
             "prefix_sites": ("enc_self", "dec_cross"),
             "position_bias": "hf",  # 'hf' | 'zero'
+            "bottleneck_sites": ("enc_mlp", "dec_mlp"),
+            "bottleneck_sizes": (64,),  # one for all of them, or one each
+            "bottleneck_activation": "gelu",  # 'gelu' | 'relu' | 'silu' | 'tanh'
+            "bottleneck_input": "normed",  # 'normed', what the MLP reads | 'raw', before its norm
+            "task_slots": 0,  # for how many tasks a system with adapters for each keeps them
         },
         "data": {
             "mixture": "synthetic",
             "sni_dir": "",  # Super-NaturalInstructions: the folder that holds tasks/ and splits/
+            "glue_dir": "",  # GLUE as jsonl files; see tasks/glue.py
+            "qa_dir": "",  # SQuAD or MRQA files; see tasks/extractive_qa.py
             "text": "",  # a .jsonl, .jsonl.xz, .txt, folder or glob; tfds:NAME; or 'synthetic'
             "cache_dir": "",  # for tokenised text; '' = the user's cache folder
             "vocab": "",  # '' = the mixture's own | 'bytes' | a SentencePiece .model file
@@ -89,7 +99,8 @@ def defaults() -> ConfigDict:
             "on_missing_task": "raise",  # 'raise' | 'skip' tasks of a split that have no file
             "on_bad_row": "raise",  # 'raise' | 'skip' (counted and printed)
             "on_long_instruction": "raise",  # 'raise' | 'truncate'
-            "chunk_length": 512,  # tokens of text that hyperpretraining cuts in A|B|C|D
+            "chunk_length": 512,  # tokens of text that hyperpretraining cuts
+            "text_split": "caclm",  # 'caclm' (A|B|C|D) | 'three_way' (HINT's)
             "segment_shares": (0.25, 0.25),  # the largest of B, and of C, as shares of a chunk
             "max_instances_per_task": 0,  # 0 = all
         },
@@ -108,6 +119,7 @@ def defaults() -> ConfigDict:
             "schedule": "constant",  # after warm-up: 'constant' | 'linear' | 'cosine' | 'rsqrt'
             "warmup_steps": 0,
             "head_learning_rate_scale": 1.0,  # fresh heads may learn faster than the copied rest
+            "backbone_learning_rate_scale": 1.0,  # where it is trained too
             "weight_decay": 0.0,
             "clip_norm": 1.0,  # 0 = no clipping
             "b1": 0.9,
@@ -116,6 +128,10 @@ def defaults() -> ConfigDict:
             "decay_rate": 0.8,  # adafactor
             "min_dim_size_to_factor": 128,
             "multiply_by_parameter_scale": True,
+            # T5X's: the step that its schedule starts at, and what each group subtracts from it.
+            "first_step": 0,
+            "hypermodel_step_offset": 0,
+            "backbone_step_offset": 0,
         },
         "eval": {
             "mixture": "",  # '' = data.mixture
@@ -127,6 +143,7 @@ def defaults() -> ConfigDict:
             "shots": 2,  # examples shown
         },
     }
+    sections |= {name: dict(s.options) for name, s in SYSTEMS.items() if s.options}
     return ConfigDict(sections, type_safe=True).lock()
 
 
@@ -257,13 +274,16 @@ def differences(old: ConfigDict, new: ConfigDict, allowed: Sequence[str] = ()) -
 
 _DTYPES = ("float32", "bfloat16")
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "stage": ("hyperpretrain", "mtf"),
+    "stage": ("hyperpretrain", "mtf", "peft"),
     "model.dtype": _DTYPES,
     "model.remat": ("none", "minimal", "full"),
     "backbone.dtype": _DTYPES,
     "hypermodel.reader": ("layerwise", "decoder_queries"),
     "hypermodel.init": ("backbone", "random"),
     "adapter.position_bias": ("hf", "zero"),
+    "adapter.bottleneck_activation": ("gelu", "relu", "silu", "tanh"),
+    "adapter.bottleneck_input": ("normed", "raw"),
+    "data.text_split": ("caclm", "three_way"),
     "data.on_missing_task": ("raise", "skip"),
     "data.on_bad_row": ("raise", "skip"),
     "data.on_long_instruction": ("raise", "truncate"),
@@ -277,7 +297,12 @@ _AT_LEAST: dict[int, tuple[str, ...]] = {
         "data.extra_ids",
         "data.max_instances_per_task",
         "train.z_loss",
+        "adapter.task_slots",
         "optimizer.warmup_steps",
+        "optimizer.first_step",
+        "optimizer.hypermodel_step_offset",
+        "optimizer.backbone_step_offset",
+        "optimizer.backbone_learning_rate_scale",
         "optimizer.weight_decay",
         "optimizer.clip_norm",
         "eval.max_rows_per_task",
@@ -351,10 +376,22 @@ def _validate_system(config: ConfigDict) -> None:
     from hyper_t5 import adapters, hypermodels
 
     choose("system", config.system, hypermodels.SYSTEMS)
-    if not config.backbone.path and config.system != "concat":
+    system = hypermodels.SYSTEMS[config.system]
+    if not config.backbone.path and hypermodels.BACKBONE not in system.trains:
         raise UserError(
             f"backbone.path is empty: system {config.system} works on a trained "
             "backbone, which stays frozen; give its folder with --gin.backbone.path="
+        )
+    for group in ("hypermodel", "backbone"):
+        if config.optimizer[f"{group}_step_offset"] > config.optimizer.first_step:
+            raise UserError(
+                f"optimizer.{group}_step_offset={config.optimizer[f'{group}_step_offset']} is "
+                f"beyond optimizer.first_step={config.optimizer.first_step}; lower it"
+            )
+    if config.stage == "peft" and hypermodels.HYPERMODEL not in system.trains:
+        raise UserError(
+            f"stage=peft tunes adapters on the tasks that are judged, and system={config.system} "
+            "trains none; take one such as task_lora"
         )
     if config.hypermodel.gist_tokens and config.hypermodel.reader != "layerwise":
         raise UserError(
@@ -373,6 +410,7 @@ def _validate_system(config: ConfigDict) -> None:
     known = {
         "adapter.lora_targets": tuple(targets),
         "adapter.prefix_sites": adapters.ATTENTION_SITES,
+        "adapter.bottleneck_sites": adapters.MLP_SITES,
     }
     for field, names in known.items():
         given = config.adapter[field.partition(".")[2]]
@@ -390,14 +428,28 @@ def _validate_batch(config: ConfigDict) -> None:
             f"not {','.join(map(str, data.shots))}"
         )
     silent = not data.use_instruction and not (data.shots[1] and config.eval.shots)
-    if silent and config.stage == "mtf":
+    if silent and config.stage == "mtf" and _needs_text(config):
         raise UserError(
             "data.use_instruction=False needs examples, or the hypermodel reads "
             f"nothing: data.shots={data.shots[0]},{data.shots[1]} and eval.shots="
             f"{config.eval.shots} must allow one"
+        )
+    if min(config.adapter.bottleneck_sizes, default=0) < 1:
+        raise UserError(
+            "adapter.bottleneck_sizes must each be 1 or more, not "
+            f"{','.join(map(str, config.adapter.bottleneck_sizes))}"
         )
     if data.tasks_per_batch % config.train.microbatches:
         raise UserError(
             f"data.tasks_per_batch={data.tasks_per_batch} cannot be cut in "
             f"train.microbatches={config.train.microbatches} equal parts"
         )
+
+
+def _needs_text(config: ConfigDict) -> bool:
+    """Whether the system has nothing to go by but the conditioning: not so where it is in front of
+    the inputs.
+    """
+    from hyper_t5 import hypermodels
+
+    return hypermodels.SYSTEMS[config.system].layout != "concat"

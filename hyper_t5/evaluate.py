@@ -18,7 +18,6 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from hyper_t5 import data, files, model, plots
-from hyper_t5.decoding import decode
 from hyper_t5.episodes import EvalTask
 from hyper_t5.errors import UserError
 
@@ -59,20 +58,26 @@ def mean_scores(rows: Sequence[Scores]) -> Scores:
 
 
 def predict_task(
-    m: model.Model, params: model.Tree, task: EvalTask, config: ConfigDict
+    m: model.Model, params: model.Tree, task: EvalTask, config: ConfigDict, number: int = 0
 ) -> Iterator[np.ndarray]:
-    """Generated ids of each row of one task; shapes are fixed: all tasks share a compile."""
-    adapters = model.generate(m, params, jnp.asarray(task.hyper_ids)[None])
-    size = config.eval.batch
+    """Generated ids of each row of one task; shapes are fixed: all tasks share a compile.
+
+    ``number`` is the task's own (see ``model.task_number``).
+    """
+    size, adapters = config.eval.batch, None
+    numbers = jnp.full(size, number, jnp.int32)
+    if m.choice.reads == "task":
+        adapters = model.generate(m, params, jnp.asarray(task.hyper_ids)[None], numbers[:1])
     for first in range(0, len(task.inputs), size):
         rows = task.inputs[first : first + size]
         padded = np.zeros((size, rows.shape[1]), np.int32)
         padded[: len(rows)] = rows
-        ids, _ = decode(
-            m.sizes,
-            params["backbone"],
-            jnp.asarray(padded),
+        ids = model.respond(
+            m,
+            params,
             adapters,
+            jnp.asarray(padded),
+            numbers,
             steps=config.eval.max_decode_length,
             beam_size=config.eval.beam_size,
         )
@@ -87,21 +92,28 @@ def splits_of(config: ConfigDict) -> dict[str, str]:
 
 
 def evaluate(
-    config: ConfigDict, m: model.Model, backbone: model.Backbone, params: model.Tree
+    config: ConfigDict,
+    m: model.Model,
+    backbone: model.Backbone,
+    params: model.Tree,
+    trained_on: Sequence[str] = (),
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """(metrics, predictions) of every held-out task."""
+    """(metrics, predictions) of every held-out task.
+
+    ``trained_on``: the tasks of a run with adapters for each, in their order.
+    """
     rouge, report = rouge_scorer(), {}
     predictions: list[dict[str, Any]] = []
     for split, mixture in splits_of(config).items():
         tasks = data.load_tasks(mixture, config.data, split, backbone.vocab)
-        episodes = data.eval_episodes(tasks, backbone.vocab, config, m.choice.concat)
+        episodes = data.eval_episodes(tasks, backbone.vocab, config, m.choice.layout)
         print(f"evaluate {split}: {_amounts(episodes)}", flush=True)
         per_task: dict[str, Any] = {}
         began = time.monotonic()
         for number, task in enumerate(episodes, 1):
             rows = []
             for ids, row, text, refs in zip(
-                predict_task(m, params, task, config),
+                predict_task(m, params, task, config, model.task_number(m, task.name, trained_on)),
                 task.ids,
                 task.texts,
                 task.references,
@@ -175,7 +187,7 @@ def evaluate_workdir(
     others = [read_report(path) for path in compare]  # a mistake is told before the long work
     config, m, backbone, params = model.load_run(workdir, overrides)
     out = Path(out) if out else Path(workdir) / "eval" / str(model.step_of(workdir))
-    report, predictions = evaluate(config, m, backbone, params)
+    report, predictions = evaluate(config, m, backbone, params, model.tasks_of(workdir))
     report |= {
         "workdir": str(workdir),
         "shots": config.eval.shots,

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 
-from hyper_t5.adapters import Adapters, LoraSpec, check, num_layers, targets_of
+from hyper_t5.adapters import Adapters, AdapterSpec, LoraSpec, check, num_layers, targets_of
 from hyper_t5.errors import UserError
 from hyper_t5.files import replaced_folder, write_json, write_safetensors
 from hyper_t5.names import Params, hf_name
@@ -106,10 +106,10 @@ def merge_lora(params: Params, adapters: Adapters, task: int = 0) -> Params:
       UserError: prefixes or biases, which a T5 has no parameters for.
     """
     lora = adapters.spec.lora
-    if lora is None or adapters.spec.prefix is not None:
+    if lora is None or adapters.spec != AdapterSpec(lora=lora):
         raise UserError(
-            "merge: a prefix is no change of the weights, so it cannot be merged into a T5; keep it"
-            " as an adapter folder"
+            "merge: only LoRA is a change of the weights; prefixes, bottleneck adapters and memory"
+            " cannot be merged into a T5; keep them as an adapter folder"
         )
     _check_task(adapters, task)
     flat = dict(traverse_util.flatten_dict(params, sep="/"))
@@ -164,6 +164,15 @@ def _refuse_inexpressible(adapters: Adapters, tree: Mapping[str, Any]) -> None:
     """UserError with the reason and the alternative for what PEFT's T5 cannot compute."""
     lora, prefix = adapters.spec.lora, adapters.spec.prefix
     native = "keep the native folder, which `hyper-t5 predict` reads"
+    if adapters.spec.bottleneck is not None:
+        raise UserError(
+            f"export: PEFT has no bottleneck adapters beside T5's MLPs; emit LoRA, or {native}"
+        )
+    if adapters.spec.memory:
+        raise UserError(
+            "export: PEFT cannot give T5's decoder more memory than its encoder made; use a system"
+            f" that fuses no text, or {native}"
+        )
     if lora is not None and prefix is not None:
         raise UserError(
             "export: PEFT cannot have LoRA and prefixes active together; emit one of them"
@@ -171,7 +180,7 @@ def _refuse_inexpressible(adapters: Adapters, tree: Mapping[str, Any]) -> None:
         )
     if prefix is None:
         if lora is None:
-            raise UserError("export: there is nothing in these adapters")
+            raise UserError(f"export: there is nothing in these adapters; {native}")
         return
     if other := [site for site in prefix.sites if site != "dec_self"]:
         raise UserError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from ml_collections import ConfigDict
 from hyper_t5 import checkpoint, hypermodels, names, t5, weights, workdir
 from hyper_t5.adapters import Adapters
 from hyper_t5.config import t5_config
+from hyper_t5.decoding import decode
 from hyper_t5.errors import UserError
-from hyper_t5.hypermodels import SYSTEMS, System
+from hyper_t5.hypermodels import BACKBONE, HYPERMODEL, SYSTEMS, System
 from hyper_t5.vocab import Vocabulary, load_vocab
 
 Array = jax.Array
@@ -35,7 +37,7 @@ class Model:
     """Static parts only, so that it can be a static argument of jit.
 
     Parameters are passed along: ``{"backbone": ..., "hypermodel": ...}``, the latter where the
-    system has one.
+    system has any of its own.
     """
 
     sizes: t5.T5Config
@@ -47,38 +49,68 @@ class Model:
         """What the registry says of the system."""
         return SYSTEMS[self.system]
 
+    @property
+    def task_slots(self) -> int:
+        """For how many tasks, by number, it has adapters of their own; 0 where by none."""
+        return getattr(self.hypermodel, "task_slots", 0)
+
     def adapters(
-        self, params: Tree, hyper_inputs: Array, rng: Array | None = None
+        self, params: Tree, ids: Array, tasks: Array, rng: Array | None = None
     ) -> Adapters | None:
-        """hyper_inputs [T, Lh] -> the adapters of T tasks; None where the system emits none."""
+        """ids [T, L] and numbers [T] of tasks -> adapters of T tasks; None if none are emitted."""
         if self.hypermodel is None:
             return None
         return self.hypermodel.apply(
-            {"params": params["hypermodel"]},
-            hyper_inputs,
+            {"params": {**params.get(HYPERMODEL, {}), BACKBONE: params[BACKBONE]}},
+            ids,
+            tasks,
             rng is None,
             rngs=None if rng is None else {"dropout": rng},
         )
 
     def logits(self, params: Tree, batch: Tree, rng: Array | None = None) -> Array:
-        """Teacher-forced float32 logits [T*G, Lt, V]; the hypermodel runs once a task."""
+        """Teacher-forced float32 logits [T*G, Lt, V]; the hypermodel runs once a task.
+
+        Where it reads the inputs it runs once a row, and leaves the backbone nothing to encode.
+        """
         keys = (None, None) if rng is None else jax.random.split(rng)
-        adapters = self.adapters(params, batch["hyper_inputs"], keys[0])
         rows = {k: batch[k].reshape(-1, batch[k].shape[-1]) for k in ("inputs", "targets")}
+        ids, tasks = batch["hyper_inputs"], batch["tasks"]
+        if self.choice.reads == "input":
+            ids, tasks = rows["inputs"], jnp.repeat(tasks, len(rows["inputs"]) // len(tasks))
+            rows["inputs"] = ids[:, :0]
         return t5.T5(self.sizes).apply(
-            {"params": params["backbone"]},
+            {"params": params[BACKBONE]},
             rows["inputs"],
             rows["targets"],
-            adapters,
+            self.adapters(params, ids, tasks, keys[0]),
             deterministic=rng is None,
             rngs=None if rng is None else {"dropout": keys[1]},
         )
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def generate(model: Model, params: Tree, hyper_inputs: Array) -> Adapters | None:
-    """Adapters of conditioning ids [T, Lh], compiled once a shape."""
-    return model.adapters(params, hyper_inputs)
+def generate(model: Model, params: Tree, ids: Array, tasks: Array) -> Adapters | None:
+    """Adapters of ids [T, L] and task numbers [T], compiled once a shape."""
+    return model.adapters(params, ids, tasks)
+
+
+def respond(
+    model: Model,
+    params: Tree,
+    adapters: Adapters | None,
+    rows: Array,
+    tasks: Array,
+    **how: Any,
+) -> Array:
+    """Generated ids [B, S] of rows [B, Li], with ``how`` as ``decoding.decode`` takes it.
+
+    ``adapters`` are those of the rows' tasks; a system that reads the inputs makes its own, once,
+    for all steps.
+    """
+    if model.choice.reads == "input":
+        adapters, rows = generate(model, params, rows, tasks), rows[:, :0]
+    return decode(model.sizes, params[BACKBONE], rows, adapters, **how)[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +149,7 @@ def backbone_folder(path: str | Path) -> Path:
         return path / BACKBONE_FOLDER
     if (path / checkpoint.FOLDER).is_dir():
         raise UserError(
-            f"{path}: a run that has left no backbone; one that trains it (system=concat) "
+            f"{path}: a run that has left no backbone; one that trains it (such as system=concat) "
             "leaves it when it has made all its steps"
         )
     return path
@@ -154,39 +186,37 @@ def start(config: ConfigDict) -> tuple[Model, Backbone, Tree, Tree]:
     backbone's weights, else at random.
     """
     # Weights that are trained are kept in float32: bfloat16 would lose small updates.
-    trains_it = SYSTEMS[config.system].trains == "backbone"
+    trains = SYSTEMS[config.system].trains
     backbone = (
         load_backbone(
-            config.backbone.path, config, "float32" if trains_it else config.backbone.dtype
+            config.backbone.path, config, "float32" if BACKBONE in trains else config.backbone.dtype
         )
         if config.backbone.path
         else new_backbone(config)
     )
     model = build(config, backbone.sizes)
-    if model.choice.trains != "hypermodel":
-        params = jax.tree.map(jnp.asarray, backbone.params)
-        return (
-            (model, backbone, {"backbone": params}, {})
-            if model.choice.trains
-            else (model, backbone, {}, {"backbone": params})
-        )
-    assert model.hypermodel is not None
-    copied = backbone.params if config.hypermodel.init == "backbone" else None
-    fresh = hypermodels.init_params(model.hypermodel, jax.random.key(config.seed), copied)
-    if config.hypermodel.path:
-        fresh = hand_over(config.hypermodel.path, fresh, backbone)
-    frozen = jax.tree.map(jnp.asarray, backbone.params)
-    return model, backbone, {"hypermodel": fresh}, {"backbone": frozen}
+    params = {BACKBONE: jax.tree.map(jnp.asarray, backbone.params)}
+    if model.hypermodel is not None:
+        copied = backbone.params if config.hypermodel.init == "backbone" else None
+        fresh = hypermodels.init_params(model.hypermodel, jax.random.key(config.seed), copied)
+        if config.hypermodel.path and fresh:
+            fresh = hand_over(config.hypermodel.path, fresh, backbone, BACKBONE not in trains)
+        params[HYPERMODEL] = fresh
+    frozen = {k: v for k, v in params.items() if k not in trains}
+    return model, backbone, {k: params[k] for k in trains}, frozen
 
 
-def hand_over(path: str | Path, fresh: Tree, backbone: Backbone) -> Tree:
-    """The hypermodel of another run, checked leaf by leaf against a fresh one (or its shapes)."""
+def hand_over(path: str | Path, fresh: Tree, backbone: Backbone, frozen: bool = True) -> Tree:
+    """The hypermodel of another run, checked leaf by leaf against a fresh one (or its shapes).
+
+    ``frozen``: it belongs to the very weights of its backbone, and to no others of that size.
+    """
     found, meta = checkpoint.load_subtree(path, "params/hypermodel")
     weights.check_compatible(
         backbone.sizes,
         backbone.vocab.identity(),
         meta.get("backbone", {}),
-        digest=names.digest(backbone.params),
+        digest=names.digest(backbone.params) if frozen else None,
         where=str(path),
     )
     have, need = _shapes(found), _shapes(fresh)
@@ -219,18 +249,18 @@ def load_run(folder: str | Path, overrides: Any = ()) -> tuple[ConfigDict, Model
     A run that trained nothing is its ``backbone.path`` as it is.
     """
     config = workdir.load_config(folder, overrides)
-    if SYSTEMS[config.system].trains == "backbone":
+    trains = SYSTEMS[config.system].trains
+    if BACKBONE in trains:
         backbone = _trained_backbone(Path(folder), config)
-        params = {"backbone": jax.tree.map(jnp.asarray, backbone.params)}
-        return config, build(config, backbone.sizes), backbone, params
-    backbone = load_backbone(config.backbone.path, config, config.backbone.dtype)
+    else:
+        backbone = load_backbone(config.backbone.path, config, config.backbone.dtype)
     model = build(config, backbone.sizes)
-    params = {"backbone": jax.tree.map(jnp.asarray, backbone.params)}
-    if model.hypermodel is not None:
+    params = {BACKBONE: jax.tree.map(jnp.asarray, backbone.params)}
+    if HYPERMODEL in trains and model.hypermodel is not None:
         fresh = jax.eval_shape(
             functools.partial(hypermodels.init_params, model.hypermodel), jax.random.key(0)
         )
-        params["hypermodel"] = hand_over(folder, fresh, backbone)
+        params[HYPERMODEL] = hand_over(folder, fresh, backbone, BACKBONE not in trains)
     return config, model, backbone, params
 
 
@@ -252,6 +282,25 @@ def _trained_backbone(folder: Path, config: ConfigDict) -> Backbone:
     return dataclasses.replace(start, params=params)
 
 
+def tasks_of(folder: str | Path) -> list[str]:
+    """The names of the tasks that a run was trained on, in the order of their numbers."""
+    if checkpoint.latest_step(folder) is None:
+        return []
+    return list(checkpoint.read_meta(folder).get("tasks", []))
+
+
+def task_number(m: Model, name: str, trained_on: Sequence[str]) -> int:
+    """Which adapters are a task's, where each has its own; 0 where they do not."""
+    if not m.task_slots:
+        return 0
+    if name not in trained_on:
+        raise UserError(
+            f"task {name}: {m.system} has adapters for each task that it was trained on, and this "
+            f"is none of those {len(trained_on)}; train with stage=peft and the same eval.split"
+        )
+    return list(trained_on).index(name)
+
+
 def step_of(folder: str | Path) -> int:
     """The newest checkpointed step of a run; 0 where nothing was trained."""
     return checkpoint.latest_step(folder) or 0
@@ -259,7 +308,7 @@ def step_of(folder: str | Path) -> int:
 
 def trained_parameters(m: Model, params: Tree) -> int:
     """How many parameters the system trains."""
-    return count(params[m.choice.trains]) if m.choice.trains else 0
+    return count({branch: params[branch] for branch in m.choice.trains})
 
 
 def count(tree: Tree) -> int:

@@ -12,6 +12,8 @@ against a step that T5X made.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,6 +25,9 @@ from hyper_t5.errors import UserError
 
 STACK_KEY = "layers"
 HEADS_KEY = "heads"
+BACKBONE_KEY = "backbone"
+
+Path = tuple[Any, ...]  # of a leaf, as `jax.tree_util` gives it
 
 SCHEDULES = ("constant", "linear", "cosine", "rsqrt")
 
@@ -84,7 +89,9 @@ def decay_mask(params: Any) -> Any:
 
 
 def _layer_by_layer(
-    moments: optax.GradientTransformation, shaping: optax.GradientTransformation
+    moments: optax.GradientTransformation,
+    shaping: optax.GradientTransformation,
+    step_offset: Callable[[Path], int],
 ) -> optax.GradientTransformation:
     """`moments` (whose state is an `optax.FactoredState`), then `shaping` (which has no state).
 
@@ -119,7 +126,7 @@ def _layer_by_layer(
         for path, *arrays in zip(paths, *trees, strict=True):
             axes = (None, *[0] * len(arrays))
             leaf = jax.vmap(update_leaf, axes) if has_key(path, STACK_KEY) else update_leaf
-            rows.append(leaf(state.count, *arrays))
+            rows.append(leaf(state.count - step_offset(path), *arrays))
         updates, *slots = columns(params, rows)
         return updates, optax.FactoredState(optax.safe_increment(state.count), *slots)
 
@@ -130,7 +137,7 @@ def adafactor(
     learning_rate: optax.ScalarOrSchedule,
     *,
     decay_rate: float = 0.8,
-    step_offset: int = 0,
+    step_offset: int | Callable[[Path], int] = 0,
     clipping_threshold: float = 1.0,
     min_dim_size_to_factor: int = 128,
     epsilon1: float = 1e-30,
@@ -141,24 +148,28 @@ def adafactor(
     """T5X's Adafactor without momentum: names and defaults are T5X's, and so are the numbers.
 
     A leaf is factored when its two largest dimensions (of one layer, for stacked leaves) are both
-    at least `min_dim_size_to_factor`. `step_offset` is for a state whose count goes on from another
-    run, as T5X's does, and at most that count. Weight decay is decoupled, times the learning rate,
-    and spares scales and biases. `update` needs `params`.
+    at least `min_dim_size_to_factor`. `step_offset`, of all leaves or of each by its path, is
+    subtracted from the count of steps in the decay of the second moments, as T5X's. Weight decay is
+    decoupled, times the learning rate, and spares scales and biases. `update` needs `params`.
     """
     shaping = [optax.clip_by_block_rms(clipping_threshold)]
     if multiply_by_parameter_scale:
         shaping.append(optax.scale_by_param_block_rms(epsilon2))
-    moments = optax.scale_by_factored_rms(
-        True, decay_rate, step_offset, min_dim_size_to_factor, epsilon1
-    )
-    parts = [_layer_by_layer(moments, optax.chain(*shaping))]
+    moments = optax.scale_by_factored_rms(True, decay_rate, 0, min_dim_size_to_factor, epsilon1)
+    offset = step_offset if callable(step_offset) else lambda path: step_offset
+    parts = [_layer_by_layer(moments, optax.chain(*shaping), offset)]
     if weight_decay:
         parts.append(optax.add_decayed_weights(weight_decay, decay_mask))
     return optax.chain(*parts, optax.scale_by_learning_rate(learning_rate))
 
 
 def make_optimizer(config: ConfigDict, total_steps: int) -> optax.GradientTransformation:
-    """The optimizer of a run: clip by global norm (0 is off), Adafactor or AdamW, heads' own rate.
+    """The optimizer of a run: clip by global norm (0 is off), Adafactor or AdamW, own rates.
+
+    The groups are the branches `hypermodel` and `backbone` of what is trained. Each has its own
+    Adafactor step offset, counted from `first_step` on: with T5X's 1,100,000 for both, a group
+    whose offset is as much starts its second moments anew (HINT's fresh hypernetwork), one of 0
+    goes on slowly, as from a T5 that was trained for so long.
 
     `config` is the `optimizer` section. Raises UserError when a name in it is not known.
     """
@@ -167,6 +178,7 @@ def make_optimizer(config: ConfigDict, total_steps: int) -> optax.GradientTransf
         main = adafactor(
             rate,
             decay_rate=config.decay_rate,
+            step_offset=functools.partial(_step_offset, config),
             min_dim_size_to_factor=config.min_dim_size_to_factor,
             multiply_by_parameter_scale=config.multiply_by_parameter_scale,
             weight_decay=config.weight_decay,
@@ -181,4 +193,12 @@ def make_optimizer(config: ConfigDict, total_steps: int) -> optax.GradientTransf
         parts.insert(0, optax.clip_by_global_norm(config.clip_norm))
     if config.head_learning_rate_scale != 1.0:
         parts.append(scale_by_path(HEADS_KEY, config.head_learning_rate_scale))
+    if config.backbone_learning_rate_scale != 1.0:
+        parts.append(scale_by_path(BACKBONE_KEY, config.backbone_learning_rate_scale))
     return optax.chain(*parts)
+
+
+def _step_offset(config: ConfigDict, path: Path) -> int:
+    """What a leaf's group subtracts from the count, which here starts at 0, not `first_step`."""
+    group = "backbone" if has_key(path[:1], BACKBONE_KEY) else "hypermodel"
+    return config[f"{group}_step_offset"] - config.first_step

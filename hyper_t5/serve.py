@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from hyper_t5 import adapters as ad
+from hyper_t5 import config as config_lib
 from hyper_t5 import export as export_lib
 from hyper_t5 import files, model, names, weights
 from hyper_t5.decoding import decode
 from hyper_t5.errors import UserError
+from hyper_t5.hypermodels import BACKBONE, HYPERMODEL
 from hyper_t5.t5 import T5Config
-from hyper_t5.taskfile import format_conditioning, read_task_file
+from hyper_t5.taskfile import INPUT_LABEL, format_conditioning, read_task_file
 from hyper_t5.vocab import EOS_ID, Vocabulary, load_vocab
 
 # ------------------------------------------------------------------------------------------- adapt
@@ -39,11 +41,6 @@ def adapt(
     (``data.shots``) that fit its length. Returns the folder.
     """
     config, m, backbone, params = model.load_run(workdir)
-    if m.hypermodel is None:
-        raise UserError(
-            f"{workdir}: system={config.system} emits no adapters; adapt needs a run "
-            "of a hypermodel such as system=hyper_prefix"
-        )
     instruction, examples = read_task_file(task)
     shown = examples[: config.data.shots[1]] if config.data.shots[1] else []
     ids, dropped = format_conditioning(
@@ -52,11 +49,9 @@ def adapt(
         backbone.vocab,
         config.data.hyper_length,
         where=str(task),
+        each_ends=m.choice.layout == "parts",
     )
-    padded = np.zeros((1, config.data.hyper_length), np.int32)
-    padded[0, : len(ids)] = ids
-    adapters = model.generate(m, params, jnp.asarray(padded))
-    assert adapters is not None
+    number = model.task_number(m, Path(task).stem, model.tasks_of(workdir))
     meta = {
         "backbone": weights.backbone_meta(
             backbone.sizes, backbone.vocab.identity(), backbone.params
@@ -66,10 +61,32 @@ def adapt(
         "examples_shown": len(shown) - dropped,
         "input_length": config.data.input_length,
     }
+    if m.choice.layout == "concat":  # this text goes in front of each input
+        meta["text"] = [int(i) for i in ids]
+    adapters, hypermodel = ad.Adapters({}, ad.AdapterSpec()), None
+    if m.choice.reads == "input":
+        meta |= {"config": config.to_dict(), "task_number": number}
+        hypermodel = params[HYPERMODEL]
+    elif m.hypermodel is not None:
+        padded = np.zeros((1, config.data.hyper_length), np.int32)
+        padded[0, : len(ids)] = ids
+        made = model.generate(m, params, jnp.asarray(padded), jnp.array([number]))
+        assert made is not None
+        adapters = made
     if format == "peft":
+        _refuse_text(meta, f"system={config.system}")
         base = base_model or config.backbone.path
         return export_lib.export_peft(out, adapters, backbone.sizes, base)
-    return ad.save(out, adapters, meta)
+    return ad.save(out, adapters, meta, hypermodel)
+
+
+def _refuse_text(meta: dict[str, Any], where: str) -> None:
+    """UserError for what is no adapter alone, and so in no other tool's format."""
+    if "text" in meta:
+        raise UserError(
+            f"export: {where} puts the task's text in front of every input, which no adapter file "
+            "can say; keep the native folder, which `hyper-t5 predict` reads"
+        )
 
 
 # ----------------------------------------------------------------------------------------- predict
@@ -104,30 +121,22 @@ def predict(
             f"{backbone}: does not say its vocabulary; `hyper-t5 export --format backbone` it, put "
             "its spiece.model into the folder made, and give that"
         )
-    ids = [[*base.vocab.encode(row["input"]), EOS_ID] for row in rows]
-    length = _bucket(max((len(x) for x in ids), default=1))
-    group = max(1, batch // len(names))  # rows of one adapter in a batch
-    every = ad.concatenate(loaded)
-    queues = [[i for i, row in enumerate(rows) if row["adapter"] == name] for name in names]
+    label = base.vocab.encode(INPUT_LABEL)
+    ids = []
+    for row in rows:
+        text = loaded[names.index(row["adapter"])].text
+        front = [*text[:-1], *label] if text else []
+        ids.append([*front, *base.vocab.encode(row["input"]), EOS_ID])
+    # What reads the inputs has adapters of its own for each: no two share a batch.
+    apart = any(task.model is not None for task in loaded)
     made: dict[int, str] = {}
-    while any(queues):
-        block = np.zeros((len(names), group, length), np.int32)
-        places = []
-        for t, queue in enumerate(queues):
-            for g, i in enumerate(queue[:group]):
-                block[t, g, : len(ids[i])] = ids[i]
-                places.append((i, t * group + g))
-            queues[t] = queue[group:]
-        decoded, _ = decode(
-            base.sizes,
-            base.params,
-            jnp.asarray(block.reshape(-1, length)),
-            every,
-            steps=max_decode_length,
-            beam_size=beam_size,
-        )
-        made |= {i: base.vocab.decode(np.asarray(decoded[place]).tolist()) for i, place in places}
-        print(f"predict: row {len(made)}/{len(rows)}", flush=True)
+    for group in [[name] for name in names] if apart else [names]:
+        tasks = [task for task, name in zip(loaded, names, strict=True) if name in group]
+        queues = [[i for i, row in enumerate(rows) if row["adapter"] == name] for name in group]
+        how = {"steps": max_decode_length, "beam_size": beam_size}
+        for places, decoded in _decode_queues(base, tasks, queues, ids, batch, how):
+            made |= {i: base.vocab.decode(decoded[place].tolist()) for i, place in places}
+            print(f"predict: row {len(made)}/{len(rows)}", flush=True)
     for i, row in enumerate(rows):
         row["output"] = made[i]
     files.write_json_lines(Path(output), rows)
@@ -143,10 +152,21 @@ class _Base:
     vocab: Vocabulary | None
 
 
-def _load(backbone: str | Path, adapters: Sequence[str | Path]) -> tuple[_Base, list[ad.Adapters]]:
+@dataclasses.dataclass(frozen=True)
+class _Task:
+    """A native adapter folder: what makes a backbone do one task."""
+
+    adapters: ad.Adapters
+    meta: dict[str, Any]
+    text: list[int]  # goes in front of each input; empty where nothing does
+    model: model.Model | None  # makes adapters of each input, with the parameters hypermodel
+    hypermodel: dict[str, Any] | None
+
+
+def _load(backbone: str | Path, adapters: Sequence[str | Path]) -> tuple[_Base, list[_Task]]:
     """The backbone, stored as it was when the adapters were made for it, and the adapters."""
     found = [ad.load(folder) for folder in adapters]
-    made_for = [meta.get("backbone", {}) for _, meta in found]
+    made_for = [meta.get("backbone", {}) for _, meta, _ in found]
     folder = model.backbone_folder(backbone)
     dtype = made_for[0].get("dtype", "float32") if found else "float32"
     sizes, params, identity = weights.load_backbone(folder, dtype=dtype)
@@ -154,10 +174,46 @@ def _load(backbone: str | Path, adapters: Sequence[str | Path]) -> tuple[_Base, 
     sizes = dataclasses.replace(sizes, dtype=plain.dtype, remat=plain.remat)
     base = _Base(sizes, params, load_vocab(identity, folder) if identity else None)
     digest = names.digest(params) if found else ""
-    for path, (loaded, _), meta in zip(adapters, found, made_for, strict=True):
-        weights.check_compatible(sizes, identity, meta, digest=digest, where=str(path))
+    tasks = []
+    for path, (loaded, meta, hyper), made in zip(adapters, found, made_for, strict=True):
+        weights.check_compatible(sizes, identity, made, digest=digest, where=str(path))
         ad.check(loaded, sizes, str(path))
-    return base, [loaded for loaded, _ in found]
+        m = None
+        if hyper is not None:
+            config = config_lib.from_json(json.dumps(meta.get("config")), str(path))
+            m = model.build(config, sizes)
+        tasks.append(_Task(loaded, meta, meta.get("text", []), m, hyper))
+    return base, tasks
+
+
+def _decode_queues(
+    base: _Base,
+    tasks: Sequence[_Task],
+    queues: list[list[int]],
+    ids: Sequence[Sequence[int]],
+    batch: int,
+    how: dict[str, Any],
+) -> Iterator[tuple[list[tuple[int, int]], np.ndarray]]:
+    """Batches of up to ``batch`` rows, as many of each task: ((row, place) pairs, decoded ids)."""
+    share = max(1, batch // len(tasks))  # rows of one task in a batch
+    length = _bucket(max((len(ids[i]) for queue in queues for i in queue), default=1))
+    every = ad.concatenate([task.adapters for task in tasks])
+    while any(queues):
+        block = np.zeros((len(tasks), share, length), np.int32)
+        places = []
+        for t, queue in enumerate(queues):
+            for g, i in enumerate(queue[:share]):
+                block[t, g, : len(ids[i])] = ids[i]
+                places.append((i, t * share + g))
+            queues[t] = queue[share:]
+        rows, m = jnp.asarray(block.reshape(-1, length)), tasks[0].model
+        if m is None:
+            decoded, _ = decode(base.sizes, base.params, rows, every, **how)
+        else:
+            params = {BACKBONE: base.params, HYPERMODEL: tasks[0].hypermodel}
+            numbers = jnp.full(len(rows), tasks[0].meta["task_number"], jnp.int32)
+            decoded = model.respond(m, params, None, rows, numbers, **how)
+        yield places, np.asarray(decoded)
 
 
 def _read_rows(path: Path, names: list[str]) -> list[dict[str, Any]]:
@@ -220,8 +276,12 @@ def export(
     if format != "backbone" and adapter is None:
         raise UserError(f"--format {format} needs --adapter, the folder that `hyper-t5 adapt` made")
     base, loaded = _load(backbone, [adapter] if format != "backbone" and adapter else [])
+    if format != "backbone":
+        _refuse_text(loaded[0].meta, str(adapter))
     if format == "peft":
-        return export_lib.export_peft(out, loaded[0], base.sizes, base_model or str(backbone))
-    params = export_lib.merge_lora(base.params, loaded[0]) if format == "merged" else base.params
+        base_name = base_model or str(backbone)
+        return export_lib.export_peft(out, loaded[0].adapters, base.sizes, base_name)
+    merged = format == "merged"
+    params = export_lib.merge_lora(base.params, loaded[0].adapters) if merged else base.params
     weights.save_hf(out, base.sizes, params, base.vocab)
     return Path(out)

@@ -21,7 +21,7 @@ import numpy as np
 from flax import linen as nn
 from flax import struct
 
-from hyper_t5.adapters import Adapters
+from hyper_t5.adapters import MEMORY, Adapters
 
 Array = jax.Array
 Tree = dict[str, Any]
@@ -99,6 +99,47 @@ def lora_delta(x: Array, lora: Tree) -> Array:
     if "bias" in lora:
         delta += lora["bias"].astype(x.dtype)[:, None]
     return delta.reshape(*x.shape[:-1], -1)
+
+
+@struct.dataclass
+class Bottleneck:
+    """One layer's bottleneck adapters, leaves [T, ...], with what of their spec they compute by."""
+
+    leaves: Tree
+    activation: str = struct.field(pytree_node=False)
+    input: str = struct.field(pytree_node=False)
+
+
+def bottleneck_delta(x: Array, normed: Array, adapters: Tree | None) -> Array | float:
+    """What a bottleneck adapter adds beside an MLP: [B, L, D], 0 without one.
+
+    ``x`` [B, L, D] is the residual stream before the MLP, ``normed`` what the MLP reads of it.
+    """
+    made: Bottleneck | None = (adapters or {}).get("bottleneck")
+    if made is None:
+        return 0.0
+    x = normed if made.input == "normed" else x
+    w = {k: v.astype(x.dtype) for k, v in made.leaves.items()}
+    per_task = x.reshape(w["down"].shape[0], -1, x.shape[-1])  # [T, G*L, D]
+    hidden = jnp.einsum("tld,tda->tla", per_task, w["down"]) + w["down_bias"][:, None]
+    hidden = getattr(nn, made.activation)(hidden)
+    y = jnp.einsum("tla,tad->tld", hidden, w["up"]) + w["up_bias"][:, None]
+    return y.reshape(x.shape)
+
+
+def join_prefixes(first: Tree | None, second: Tree) -> Tree:
+    """Two prefixes [T, P, H, K] one after the other, as one; a missing mask is all True."""
+    if first is None:
+        return second
+
+    def mask(prefix: Tree) -> Array:
+        return prefix.get("mask", jnp.ones(prefix["key"].shape[:2], bool))
+
+    joined = {
+        k: jnp.concatenate([first[k], second[k].astype(first[k].dtype)], 1)
+        for k in ("key", "value")
+    }
+    return joined | {"mask": jnp.concatenate([mask(first), mask(second)], 1)}
 
 
 def relative_buckets(
@@ -301,8 +342,10 @@ class Attention(nn.Module):
         prefix_bias: Array | None = None,
         deterministic: bool = True,
     ) -> Array:
+        """x [B, L, D] -> [B, L, D]; x may be one row that asks the keys of all B."""
         a = adapters or {}
         query = self._heads(self.query(x, a.get("query")))
+        query = jnp.broadcast_to(query, (key.shape[0], *query.shape[1:]))
         dropout = None if deterministic else functools.partial(self.dropout, deterministic=False)
         y = attend(query, key, value, bias, a.get("prefix"), prefix_bias, dropout)
         return self.out(y.reshape(*y.shape[:2], -1), a.get("out"))
@@ -335,7 +378,7 @@ class EncoderLayer(nn.Module):
     """Self-attention and MLP, each behind a norm and beside a residual."""
 
     config: T5Config
-    collect: bool = False  # also return this layer's input, and its keys and values of it
+    collect: bool  # also return this layer's input, and its keys and values of it
 
     @nn.compact
     def __call__(
@@ -349,7 +392,9 @@ class EncoderLayer(nn.Module):
         key, value = attention.keys_values(y, a)
         x += drop(attention(y, key, value, bias, a, prefix_bias, deterministic))
         y = RMSNorm(c.dtype, name="pre_mlp_layer_norm")(x)
-        x += drop(Mlp(c, name="mlp")(y, adapters.get("mlp"), deterministic))
+        a = adapters.get("mlp")
+        beside = bottleneck_delta(x, y, a)
+        x += drop(Mlp(c, name="mlp")(y, a, deterministic)) + beside
         return x, (key, value, start) if self.collect else None
 
 
@@ -381,13 +426,14 @@ class DecoderLayer(nn.Module):
     ) -> tuple[Any, Any]:
         """x [B, L, D] -> [B, L, D] and the cache after it.
 
-        ``layer`` holds this layer's ``adapters`` and, when decoding by steps, its ``self`` cache
-        (keys, values [B, S, H, K], written at ``index``) and ``cross`` keys and values.
-        Without x it only returns the memory's keys and values: decoding computes them once.
+        ``memory`` is the rows' own [B, M, D] and the one that a task's rows share, if any
+        ({"states" [T, M', D], "mask" [T, M']}). ``layer`` holds this layer's ``adapters`` and, when
+        decoding by steps, its ``self`` cache (keys, values [B, S, H, K], written at ``index``) and
+        what ``_cross`` made. Without x it only returns that: decoding computes it once.
         """
         a = layer["adapters"]
         if x is None:
-            return None, self.encoder_decoder_attention.keys_values(memory, a.get("cross"))
+            return None, self._cross(memory, a.get("cross"))
         drop = functools.partial(self.dropout, deterministic=deterministic)
         y = self.pre_self_attention_layer_norm(x)
         key, value = self.self_attention.keys_values(y, a.get("self"))
@@ -401,12 +447,30 @@ class DecoderLayer(nn.Module):
             self.self_attention(y, key, value, bias, a.get("self"), prefix_bias, deterministic)
         )
         y = self.pre_cross_attention_layer_norm(x)
-        attention, cross = self.encoder_decoder_attention, a.get("cross")
-        key, value = attention.keys_values(memory, cross) if index is None else layer["cross"]
-        x += drop(attention(y, key, value, memory_bias, cross, None, deterministic))
+        cross = a.get("cross")
+        key, value, prefix = self._cross(memory, cross) if index is None else layer["cross"]
+        seen = cross if prefix is None else {**(cross or {}), "prefix": prefix}
+        attention = self.encoder_decoder_attention
+        x += drop(attention(y, key, value, memory_bias, seen, None, deterministic))
         y = self.pre_mlp_layer_norm(x)
-        x += drop(self.mlp(y, a.get("mlp"), deterministic))
+        beside = bottleneck_delta(x, y, a.get("mlp"))
+        x += drop(self.mlp(y, a.get("mlp"), deterministic)) + beside
         return x, cache
+
+    def _cross(self, memory: Any, adapters: Tree | None) -> tuple[Array, Array, Tree | None]:
+        """Keys and values [B, M, H, K] of the rows' memory; the shared one's join the prefix."""
+        own, shared = memory
+        attention = self.encoder_decoder_attention
+        key, value = attention.keys_values(own, adapters)
+        prefix = (adapters or {}).get("prefix")
+        if shared is not None:
+            made = dict(
+                zip(
+                    ("key", "value"), attention.keys_values(shared["states"], adapters), strict=True
+                )
+            )
+            prefix = join_prefixes(prefix, {**made, "mask": shared["mask"]})
+        return key, value, prefix
 
 
 def _scan(layer: Any, config: T5Config, length: int, broadcasts: int) -> Any:
@@ -454,11 +518,15 @@ class Encoder(nn.Module):
     """The encoder stack over embeddings; also the hypermodels' reader."""
 
     config: T5Config
-    collect: bool = False
 
     @nn.compact
     def __call__(
-        self, x: Array, mask: Array, adapters: Adapters | None = None, deterministic: bool = True
+        self,
+        x: Array,
+        mask: Array,
+        adapters: Adapters | None = None,
+        deterministic: bool = True,
+        collect: bool = False,
     ) -> Any:
         """x [B, L, D], mask [B, L, L] -> [B, L, D].
 
@@ -471,11 +539,11 @@ class Encoder(nn.Module):
         tree = _stack_adapters(adapters, {"self": "enc_self", "mlp": "enc_mlp"})
         prefix_bias = _prefix_bias(relpos, adapters, "enc_self", length)
         x = _dropout(c, -2, deterministic)(x).astype(c.dtype)
-        layers = _scan(EncoderLayer, c, c.num_encoder_layers, 3)(c, self.collect, name="layers")
+        layers = _scan(EncoderLayer, c, c.num_encoder_layers, 3)(c, collect, name="layers")
         x, collected = layers(x, tree, bias, prefix_bias, deterministic)
         x = RMSNorm(c.dtype, name="encoder_norm")(x)
         x = nn.Dropout(c.dropout_rate, deterministic=deterministic)(x)
-        return (x, collected) if self.collect else x
+        return (x, collected) if collect else x
 
 
 @struct.dataclass
@@ -483,7 +551,7 @@ class DecodeState:
     """What step-by-step decoding carries. S is the longest output."""
 
     self_kv: Any  # (keys, values) [N, B, S, H, K]
-    cross_kv: Any  # (keys, values) [N, B, M, H, K], computed once
+    cross: Any  # (keys, values [N, B, M, H, K], prefix [N, T, P, H, K] or None), computed once
     memory_mask: Array  # [B, M]
     index: Array  # int32 scalar: the next position to write
 
@@ -523,7 +591,14 @@ class Decoder(nn.Module):
         x = self.dropout(x, deterministic=deterministic).astype(self.config.dtype)
         layer = {"adapters": _stack_adapters(adapters, _DECODER_SITES)}
         x, _ = self.layers(
-            x, layer, memory, bias, mask_bias(memory_mask), prefix_bias, None, deterministic
+            x,
+            layer,
+            (memory, _shared_memory(adapters)),
+            bias,
+            mask_bias(memory_mask),
+            prefix_bias,
+            None,
+            deterministic,
         )
         return self.dropout(self.decoder_norm(x), deterministic=deterministic)
 
@@ -533,7 +608,8 @@ class Decoder(nn.Module):
         """State before the first step; memory [B, M, D], memory_mask [B, M]."""
         c = self.config
         layer = {"adapters": _stack_adapters(adapters, _DECODER_SITES)}
-        _, cross = self.layers(None, layer, memory, None, None, None, None, True)
+        both = (memory, _shared_memory(adapters))
+        _, cross = self.layers(None, layer, both, None, None, None, None, True)
         shape = (c.num_decoder_layers, memory.shape[0], steps, c.num_heads, c.head_dim)
         empty = jnp.zeros(shape, c.dtype)
         return DecodeState((empty, empty), cross, memory_mask, jnp.zeros((), jnp.int32))
@@ -549,7 +625,7 @@ class Decoder(nn.Module):
         layer = {
             "adapters": _stack_adapters(adapters, _DECODER_SITES),
             "self": state.self_kv,
-            "cross": state.cross_kv,
+            "cross": state.cross,
         }
         memory_bias = mask_bias(state.memory_mask[:, None, :])
         x, cache = self.layers(
@@ -578,11 +654,20 @@ def _stack_adapters(adapters: Adapters | None, sites: dict[str, str]) -> Tree:
             continue
         tree[name] = {}
         for projection, leaf in adapters.tree[site].items():
-            if projection != "prefix" and adapters.spec.lora is not None:
-                scale = adapters.spec.lora.scale
-                leaf = {k: v if k == "a" else v * scale for k, v in leaf.items()}
+            lora, bottleneck = adapters.spec.lora, adapters.spec.bottleneck
+            if projection == "bottleneck" and bottleneck is not None:
+                leaf = Bottleneck(leaf, bottleneck.activation, bottleneck.input)
+            elif projection != "prefix" and lora is not None:
+                leaf = {k: v if k == "a" else v * lora.scale for k, v in leaf.items()}
             tree[name][projection] = leaf
     return tree
+
+
+def _shared_memory(adapters: Adapters | None) -> Tree | None:
+    """``states`` [T, M, D] and ``mask`` [T, M] that all rows of a task cross-attend, if any."""
+    if adapters is None or MEMORY not in adapters.tree:
+        return None
+    return {k: v[0] for k, v in adapters.tree[MEMORY].items()}
 
 
 def _prefix_bias(
@@ -643,7 +728,9 @@ class T5(nn.Module):
         segments: Array | None = None,
         deterministic: bool = True,
     ) -> Array:
-        """inputs [B, L] -> encoder output [B, L, D]."""
+        """inputs [B, L] -> [B, L, D]; nothing for L = 0, where a hypermodel has read the inputs."""
+        if not inputs.shape[1]:
+            return jnp.zeros((*inputs.shape, self.config.emb_dim), self.config.dtype)
         mask = pair_mask(inputs, inputs, segments, segments)
         return self.encoder(self.token_embedder(inputs), mask, adapters, deterministic)
 

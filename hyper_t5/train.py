@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from hyper_t5 import checkpoint, data, losses, metrics, model, names, optim, weights
 from hyper_t5.errors import UserError
+from hyper_t5.hypermodels import BACKBONE
 from hyper_t5.model import Model, Tree
 
 Array = jax.Array
@@ -121,7 +122,9 @@ def train(config: ConfigDict, folder: str | Path) -> dict[str, float]:
     if first >= config.train.steps:
         _keep_backbone(folder, m, backbone, state["params"])
         return {}
-    sampler = data.make_sampler(config, backbone.vocab, m.choice.concat)
+    sampler = data.make_sampler(config, backbone.vocab, m.choice.layout)
+    if sampler.names:
+        meta["tasks"] = _task_names(config, m, sampler)
     step = make_step(m, optimizer, config)
     key = jax.random.key(config.seed)
     rate = optim.schedule(config.optimizer, config.train.steps)
@@ -200,9 +203,19 @@ def _not_finite(what: str, step: int) -> FloatingPointError:
     )
 
 
+def _task_names(config: ConfigDict, m: Model, sampler: data.Sampler) -> list[str]:
+    """Which task has which number; those of a run go with its checkpoint."""
+    if m.task_slots and m.task_slots < len(sampler.names):
+        raise UserError(
+            f"adapter.task_slots={m.task_slots}, but there are {len(sampler.names)} tasks to keep "
+            f"adapters for; set it to {len(sampler.names)}"
+        )
+    return list(sampler.names)
+
+
 def _resume(folder: Path, state: State, backbone: model.Backbone, m: Model) -> State:
     meta = checkpoint.read_meta(folder)
-    digest = names.digest(backbone.params) if m.choice.trains == "hypermodel" else None
+    digest = names.digest(backbone.params) if BACKBONE not in m.choice.trains else None
     weights.check_compatible(
         backbone.sizes,
         backbone.vocab.identity(),
@@ -216,6 +229,6 @@ def _resume(folder: Path, state: State, backbone: model.Backbone, m: Model) -> S
 
 def _keep_backbone(folder: Path, m: Model, backbone: model.Backbone, trained: Tree) -> None:
     """A run that trained a backbone leaves it as a folder that ``backbone.path`` can name."""
-    if m.choice.trains == "backbone":
+    if BACKBONE in m.choice.trains:
         params = jax.tree.map(np.asarray, trained["backbone"])
         weights.save_native(folder / model.BACKBONE_FOLDER, backbone.sizes, params, backbone.vocab)

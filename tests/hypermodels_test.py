@@ -34,7 +34,9 @@ BATCH = {
     "hyper_inputs": ids(2, LENGTH, seed=2),
     "inputs": ids(4, 6).reshape(2, 2, 6),
     "targets": ids(4, 5, seed=1).reshape(2, 2, 5),
+    "tasks": np.arange(2, dtype=np.int32),
 }
+TEXTS_AND_ROWS = [np.asarray(BATCH[k]) for k in ("hyper_inputs", "inputs", "targets")]
 # At padding a decoder sees nothing, which is everything alike: what stands there has no meaning.
 REAL = np.asarray(BATCH["targets"]).reshape(4, 5) > 0
 
@@ -51,8 +53,16 @@ KINDS: dict[str, dict[str, Any]] = {
     "lora-gists": LORA,
     "lora-fewer-gists": LORA | {"hypermodel__gist_tokens": 2},
     "lora-queries": LORA | QUERIES,
+    "hint": {"system": "hint", "adapter__prefix_sites": ad.ATTENTION_SITES}
+    | {"adapter__bottleneck_sizes": (3,), "adapter__position_bias": "zero"},
+    "hyperdecoder": {"system": "hyperdecoder", "adapter__bottleneck_sizes": (3, 2)},
+    "text_to_lora": LORA | {"system": "text_to_lora"},
+    "cached": {"system": "cached"},
+    "fid_icl": {"system": "fid_icl"},
 }
+HYPER_T5 = [kind for kind in KINDS if kind.startswith(("prefix", "lora"))]
 every_kind = pytest.mark.parametrize("kind", KINDS)
+every_hyper_t5 = pytest.mark.parametrize("kind", HYPER_T5)
 
 
 def build(*, sizes: t5.T5Config = CONFIG, **fields: Any) -> Model:
@@ -93,6 +103,11 @@ logits = jax.jit(Model.logits, static_argnums=0)
 def plain(batch: dict[str, Any] = BATCH) -> jax.Array:
     """Logits of the backbone without adapters."""
     return logits(build(system="none"), {"backbone": params()}, batch)
+
+
+def emit(m: Model, params: Any, texts: Any) -> ad.Adapters | None:
+    """Adapters of texts [T, L]."""
+    return model.generate(m, params, jnp.asarray(texts), jnp.arange(len(texts)))
 
 
 def leaves(adapters: ad.Adapters | None) -> dict[str, np.ndarray]:
@@ -139,7 +154,7 @@ def test_layerwise_starts_as_the_backbone_reading_the_text(kind: str) -> None:
     extra = start["hypermodel"]["reader"].get("gists", jnp.zeros((0, CONFIG.emb_dim)))
     expected = [
         read_in_the_input(text[text > 0], extra, (inputs, targets))
-        for text, inputs, targets in zip(*map(np.asarray, BATCH.values()), strict=True)
+        for text, inputs, targets in zip(*TEXTS_AND_ROWS, strict=True)
     ]
     found = logits(m, start, BATCH)
     assert off(found[REAL], np.concatenate(expected)[REAL]) < 1e-5
@@ -150,20 +165,20 @@ def test_layerwise_starts_as_the_backbone_reading_the_text(kind: str) -> None:
 def test_lora_starts_without_effect(kind: str) -> None:
     m, start = fresh(kind)
     np.testing.assert_array_equal(logits(m, start, BATCH), plain())
-    made = leaves(model.generate(m, start, BATCH["hyper_inputs"]))
+    made = leaves(emit(m, start, BATCH["hyper_inputs"]))
     assert all(np.any(leaf) == name.endswith("/a") for name, leaf in made.items())
     assert off(logits(*moved(kind), BATCH)[REAL], plain()[REAL]) > 0.01
 
 
 def test_query_prefixes_start_with_nothing_to_say() -> None:
     m, start = fresh("prefix-queries")
-    made = leaves(model.generate(m, start, BATCH["hyper_inputs"]))
+    made = leaves(emit(m, start, BATCH["hyper_inputs"]))
     assert len(made) == 6
     for name, leaf in made.items():  # such slots take a share of the attention, and add zero
         assert 0 < np.abs(leaf).max() < 0.2 if name.endswith("key") else not leaf.any()
 
 
-@every_kind
+@every_hyper_t5
 def test_what_can_be_copied_is_the_backbones(kind: str) -> None:
     _, start = fresh(kind)
     mine = traverse_util.flatten_dict(start["hypermodel"]["reader"], sep="/")
@@ -188,21 +203,22 @@ def test_what_can_be_copied_is_the_backbones(kind: str) -> None:
 
 @every_kind
 def test_adapters_fit_the_backbone(kind: str) -> None:
-    made = model.generate(*moved(kind), BATCH["hyper_inputs"])
+    made = emit(*moved(kind), BATCH["hyper_inputs"])
     assert made is not None
     ad.check(made, CONFIG, kind)
     assert made.num_tasks == 2
     assert all(np.isfinite(leaf).all() for leaf in leaves(made).values())
     # The text's own places are masked where they are padding; gists and queries all count.
-    assert {"mask" in name for name in leaves(made)} == (
-        {True, False} if kind == "prefix-text" else {False}
-    )
+    whole_text = not kind.startswith("lora") and kind not in ("prefix-gists", "prefix-queries")
+    assert ("mask" in "".join(leaves(made))) == (whole_text and kind != "text_to_lora")
 
 
 @every_kind
 def test_padding_of_the_text_changes_nothing(kind: str) -> None:
     m, trained = moved(kind)
-    wider = BATCH | {"hyper_inputs": jnp.pad(BATCH["hyper_inputs"], ((0, 0), (0, 4)))}
+    read = "inputs" if m.choice.reads == "input" else "hyper_inputs"
+    wide = [(0, 0)] * (BATCH[read].ndim - 1) + [(0, 4)]
+    wider = BATCH | {read: jnp.pad(BATCH[read], wide)}
     found, expected = (logits(m, trained, batch) for batch in (wider, BATCH))
     assert off(found[REAL], expected[REAL]) < 1e-5
 
@@ -211,8 +227,8 @@ def test_padding_of_the_text_changes_nothing(kind: str) -> None:
 def test_a_task_depends_on_its_own_text_only(kind: str) -> None:
     m, trained = moved(kind)
     three = ids(3, LENGTH, seed=3)
-    whole = leaves(model.generate(m, trained, three))
-    part = leaves(model.generate(m, trained, three[np.array([2, 0])]))
+    whole = leaves(emit(m, trained, three))
+    part = leaves(emit(m, trained, three[np.array([2, 0])]))
     for name, leaf in part.items():
         np.testing.assert_allclose(leaf, whole[name][:, [2, 0]], rtol=0, atol=1e-5)
 
@@ -224,7 +240,7 @@ def test_every_word_of_the_text_counts(kind: str) -> None:
     texts = np.repeat(text, LENGTH + 1, 0)
     for place in range(LENGTH):
         texts[place, place] = texts[place, place] % 50 + 2
-    made = leaves(model.generate(m, trained, texts))
+    made = leaves(emit(m, trained, texts))
     for place in range(LENGTH):
         changes = [
             off(leaf[:, place], leaf[:, -1]) for name, leaf in made.items() if "mask" not in name
@@ -262,7 +278,7 @@ def test_instruction_examples_or_both_are_read(
     m = build(sizes=sizes, data__hyper_length=80)
     assert m.hypermodel is not None
     hyper = hypermodels.init_params(m.hypermodel, jax.random.key(0), params(sizes))
-    made = leaves(model.generate(m, {"hypermodel": hyper}, batch["hyper_inputs"]))
+    made = leaves(emit(m, {"hypermodel": hyper, "backbone": params(sizes)}, batch["hyper_inputs"]))
     # Every place of the text is seen, EOS included, and no other.
     assert made["enc_self/prefix/mask"].sum() == CONFIG.num_encoder_layers * (len(text) + 1)
 
@@ -270,7 +286,7 @@ def test_instruction_examples_or_both_are_read(
 # --------------------------------------------------------------------------------- once a task
 
 
-@every_kind
+@every_hyper_t5
 def test_the_hypermodel_runs_once_a_task(kind: str) -> None:
     m, start = fresh(kind)
     seen: list[tuple[str, tuple[int, ...]]] = []
@@ -297,8 +313,8 @@ def test_the_hypermodel_runs_once_a_task(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["prefix-text", "lora-gists"])
 def test_examples_of_a_task_may_come_together_or_apart(kind: str) -> None:
     m, trained = moved(kind)
-    apart = {k: v.reshape(4, 1, -1) for k, v in BATCH.items() if k != "hyper_inputs"}
-    apart["hyper_inputs"] = jnp.repeat(BATCH["hyper_inputs"], 2, 0)
+    apart: dict[str, Any] = {k: BATCH[k].reshape(4, 1, -1) for k in ("inputs", "targets")}
+    apart |= {k: jnp.repeat(BATCH[k], 2, 0) for k in ("hyper_inputs", "tasks")}
     found, expected = (logits(m, trained, batch) for batch in (apart, BATCH))
     assert off(found[REAL], expected[REAL]) < 1e-5
 
@@ -350,17 +366,17 @@ def test_heads_are_shared_over_layers_and_each_feature_has_its_components(featur
         assert list(a) == list(b) == [False] * kept + [True] * (RANK - kept)
 
 
-@pytest.mark.parametrize("system", ["shared_lora", "shared_prefix"])
+@pytest.mark.parametrize("system", ["shared_lora", "shared_prefix", "shared_bottleneck"])
 def test_a_shared_adapter_reads_nothing(system: str) -> None:
     m = build(system=system)
     assert m.hypermodel is not None
-    start = {"hypermodel": hypermodels.init_params(m.hypermodel, jax.random.key(0))}
-    made = model.generate(m, start, BATCH["hyper_inputs"])
+    own = hypermodels.init_params(m.hypermodel, jax.random.key(0))
+    made = emit(m, {"hypermodel": own, "backbone": params()}, BATCH["hyper_inputs"])
     assert made is not None
     ad.check(made, CONFIG, system)
     for name, leaf in leaves(made).items():
         np.testing.assert_array_equal(leaf[:, 0], leaf[:, 1])
-        assert leaf.any() != name.endswith("/b")
+        assert leaf.any() != name.endswith(("/b", "_bias"))
 
 
 # ------------------------------------------------------------------------------- bad config

@@ -33,6 +33,10 @@ def section(**changes: Any) -> ConfigDict:
         "min_dim_size_to_factor": 128,
         "multiply_by_parameter_scale": True,
         "head_learning_rate_scale": 1.0,
+        "backbone_learning_rate_scale": 1.0,
+        "first_step": 0,
+        "hypermodel_step_offset": 0,
+        "backbone_step_offset": 0,
     }
     return ConfigDict(fields | changes)
 
@@ -119,12 +123,14 @@ def test_adafactor_makes_the_step_of_t5x(shared_dir: Path) -> None:
     )
 
 
-def numpy_adafactor(param: np.ndarray, grads: list[np.ndarray], factor_from: int) -> np.ndarray:
+def numpy_adafactor(
+    param: np.ndarray, grads: list[np.ndarray], factor_from: int, first: int = 0
+) -> np.ndarray:
     """Adafactor for one leaf of one layer in float64: learning rate 0.1, T5X's other defaults."""
     param = param.astype(np.float64)
     rows = columns = moments = 0.0
     for step, grad in enumerate(grads):
-        keep = 1 - (step + 1) ** -0.8
+        keep = 1 - (first + step + 1.0) ** -0.8
         square = grad.astype(np.float64) ** 2 + 1e-30
         if param.ndim == 2 and min(param.shape) >= factor_from:
             rows = keep * rows + (1 - keep) * square.mean(1, keepdims=True)
@@ -180,6 +186,28 @@ def test_adafactor_layer_by_layer_equals_numpy() -> None:
     assert factored == {"wide": (3, 4), "tall": (3, 4), "thin": (3, 1), "scale": (3, 1)}
 
 
+def test_each_group_has_its_step_offset() -> None:
+    """HINT's two groups: T5X counts from 1,100,000, and the fresh hypernetwork starts anew."""
+    rng = np.random.default_rng(0)
+    params = {
+        k: {"w": jnp.asarray(rng.normal(size=(4, 3)), jnp.float32)}
+        for k in ("hypermodel", "backbone")
+    }
+    grads = [jax.tree.map(lambda p, s=s: p * s + 0.1, params) for s in (3.0, -0.2, 1.0)]
+    offsets = {"first_step": 1_100_000, "hypermodel_step_offset": 1_100_000}
+    optimizer = optim.make_optimizer(section(**offsets), 10)
+    state, new = optimizer.init(params), params
+    for grad in grads:
+        updates, state = jax.jit(optimizer.update)(grad, state, new)
+        new = optax.apply_updates(new, updates)
+    for group, first in (("hypermodel", 0), ("backbone", 1_100_000)):
+        history = [np.asarray(g[group]["w"]) for g in grads]
+        expected = numpy_adafactor(np.asarray(params[group]["w"]), history, 128, first)
+        np.testing.assert_allclose(new[group]["w"], expected, rtol=2e-5, err_msg=group)
+        other = numpy_adafactor(np.asarray(params[group]["w"]), history, 128, 1_100_000 - first)
+        assert np.abs(other - expected).max() > 1e-3
+
+
 def test_weight_decay_spares_scales_and_biases() -> None:
     params = {
         "layers": {"kernel": jnp.ones((2, 3, 3)), "scale": jnp.ones((2, 3))},
@@ -211,3 +239,17 @@ def test_heads_have_their_own_rate_and_gradients_are_clipped() -> None:
     # Eight equal gradients of norm 1 are 1/sqrt(8) each; Adam's first move is then g / (g + eps).
     one = 8**-0.5
     np.testing.assert_allclose(clipped["reader"]["w"], -0.1 * one / (one + 1), rtol=1e-5)
+
+
+def test_the_backbone_may_learn_more_slowly() -> None:
+    params = {"backbone": {"backbone_like": jnp.ones(2)}, "hypermodel": {"w": jnp.ones(2)}}
+
+    def step(scale: float) -> Any:
+        changes = {"name": "adamw", "backbone_learning_rate_scale": scale}
+        optimizer = optim.make_optimizer(section(**changes), 10)
+        return optimizer.update(params, optimizer.init(params), params)[0]
+
+    plain, scaled = step(1.0), step(0.25)
+    moved = plain["backbone"]["backbone_like"]
+    np.testing.assert_allclose(scaled["backbone"]["backbone_like"], moved / 4, rtol=1e-6)
+    assert jnp.array_equal(scaled["hypermodel"]["w"], plain["hypermodel"]["w"])

@@ -124,7 +124,7 @@ def test_both_forms_of_task_file(
     run_of: Any, made: Any, tmp_path: Path, system: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = run_of[system]
-    short, meta = ad.load(made[system]["copy"])
+    short, meta, _ = ad.load(made[system]["copy"])
     assert same(short, by_hand(run, INSTRUCTIONS["copy"], *SHOWN))
     assert (meta["system"], meta["instruction"]) == (system, INSTRUCTIONS["copy"])
     assert meta["examples_shown"] == 2
@@ -148,7 +148,7 @@ def test_as_many_examples_as_in_training_and_as_fit(run_of: Any, tmp_path: Path)
     long = [{"input": "a", "output": "a"}, {"input": "b " * 40, "output": "b"}]
     for examples, shown in {"three": three, "long": long}.items():
         file = task_file(tmp_path, "copy", examples=shown)
-        adapters, meta = ad.load(adapt(run, file, tmp_path / examples))
+        adapters, meta, _ = ad.load(adapt(run, file, tmp_path / examples))
         kept = 2 if examples == "three" else 1
         assert meta["examples_shown"] == kept
         parts = [f"\nInput: {e['input']}\nOutput: {e['output']}" for e in shown[:kept]]

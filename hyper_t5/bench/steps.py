@@ -49,7 +49,7 @@ def random_batch(shapes: Shapes, vocab_size: int, seed: int = 0) -> Tree:
     batch = {k: rng.integers(3, vocab_size, size, np.int32) for k, size in sizes.items()}
     for ids in batch.values():
         ids[..., -1] = 1
-    return batch
+    return {**batch, "tasks": np.arange(shapes.tasks, dtype=np.int32)}
 
 
 def make_config(system: str, shapes: Shapes, **fields: Any) -> ConfigDict:
@@ -77,12 +77,12 @@ class TrainingStep:
     def __init__(self, config: ConfigDict, sizes: t5.T5Config, backbone: Tree, batch: Tree) -> None:
         """``backbone`` are parameters of ``sizes``; they are not changed."""
         m = model.build(config, sizes)
-        if m.choice.trains == "backbone":
-            trained, self._frozen = {"backbone": backbone}, {}
-        else:
-            assert m.hypermodel is not None
+        params = {"backbone": backbone}
+        if m.hypermodel is not None:
             made = hypermodels.init_params(m.hypermodel, jax.random.key(0), backbone)
-            trained, self._frozen = {"hypermodel": made}, {"backbone": backbone}
+            params["hypermodel"] = made
+        trained = {k: params[k] for k in m.choice.trains}
+        self._frozen = {k: v for k, v in params.items() if k not in trained}
         # A copy: the step donates what it trains, and other arms share the backbone.
         trained = jax.tree.map(jnp.array, trained)
         optimizer = optim.make_optimizer(config.optimizer, config.train.steps)

@@ -17,8 +17,11 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from ml_collections import ConfigDict
 
 from hyper_t5 import adapters as ad
+from hyper_t5.errors import UserError
+from hyper_t5.hypermodels import specs
 from hyper_t5.hypermodels.heads import LoraHeads, PrefixHeads
 from hyper_t5.hypermodels.readers import (
     CrossKeysValues,
@@ -29,6 +32,33 @@ from hyper_t5.hypermodels.readers import (
 from hyper_t5.t5 import T5Config
 
 Array = jax.Array
+
+
+def hyper_prefix(config: ConfigDict, sizes: T5Config) -> nn.Module:
+    """HyperT5-Prefix."""
+    h, length = config.hypermodel, 0
+    if h.reader == "layerwise":
+        if "dec_self" in config.adapter.prefix_sites:
+            raise UserError(
+                "adapter.prefix_sites: hypermodel.reader=layerwise has no keys and values for "
+                "dec_self; leave it out, or set hypermodel.reader to decoder_queries"
+            )
+        length = h.gist_tokens or config.data.hyper_length
+    spec = ad.AdapterSpec(prefix=specs.prefix(config, length))
+    return HyperT5(sizes, spec, h.reader, h.gist_tokens)
+
+
+def hyper_lora(config: ConfigDict, sizes: T5Config) -> nn.Module:
+    """HyperT5-LoRA."""
+    h, rank, gists = config.hypermodel, config.adapter.lora_rank, 0
+    if h.reader == "layerwise":
+        gists = h.gist_tokens or rank
+        if rank % gists:
+            raise UserError(
+                f"adapter.lora_rank={rank} is no multiple of hypermodel.gist_tokens="
+                f"{gists}: each of them emits as many components; set the latter to 0"
+            )
+    return HyperT5(sizes, ad.AdapterSpec(lora=specs.lora(config)), h.reader, gists)
 
 
 class HyperT5(nn.Module):
@@ -46,7 +76,7 @@ class HyperT5(nn.Module):
     }
 
     @nn.compact
-    def __call__(self, ids: Array, deterministic: bool = True) -> ad.Adapters:
+    def __call__(self, ids: Array, tasks: Array, deterministic: bool = True) -> ad.Adapters:
         if self.reader == "layerwise":
             reader = LayerwiseReader(self.config, self.gist_tokens, name="reader")
             tree = self._from_layers(reader(ids, deterministic))

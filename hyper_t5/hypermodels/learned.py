@@ -1,38 +1,69 @@
-"""One adapter learned for all tasks: the baseline that conditions on nothing.
+"""Adapters that are parameters: the baselines that generate nothing.
 
-Ordinary LoRA or prefix tuning (Hu et al. 2021; Li & Liang 2021) over the training mixture, in the
-shape of a hypermodel that ignores what it reads.
+Ordinary LoRA, prefix tuning or bottleneck adapters (Hu et al. 2021; Li & Liang 2021; He et al.
+2022) in the shape of a hypermodel that ignores what it reads: one set for all tasks, or, with
+``slots``, one for each task, so that a single run tunes the adapters of many tasks side by side.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from ml_collections import ConfigDict
 
 from hyper_t5 import adapters as ad
+from hyper_t5.hypermodels import specs
 from hyper_t5.t5 import T5Config
+
+KINDS: dict[str, Callable[[ConfigDict], ad.AdapterSpec]] = {
+    "lora": lambda config: ad.AdapterSpec(lora=specs.lora(config)),
+    "prefix": lambda config: ad.AdapterSpec(prefix=specs.prefix(config)),
+    "bottleneck": lambda config: ad.AdapterSpec(bottleneck=specs.bottleneck(config)),
+}
+
+
+def shared(config: ConfigDict, sizes: T5Config) -> nn.Module:
+    """``shared_KIND``: one set of adapters for every task."""
+    return Learned(sizes, KINDS[config.system.removeprefix("shared_")](config))
+
+
+def per_task(config: ConfigDict, sizes: T5Config) -> nn.Module:
+    """``task_KIND``: ordinary tuning, a set for each of ``adapter.task_slots`` tasks."""
+    spec = KINDS[config.system.removeprefix("task_")](config)
+    return Learned(sizes, spec, specs.task_slots(config))
 
 
 class Learned(nn.Module):
-    """Conditioning ids [T, L], unread -> the same adapters for each of the T tasks."""
+    """Conditioning ids [T, L], unread, and task numbers [T] -> the adapters of T tasks."""
 
     config: T5Config
     spec: ad.AdapterSpec
+    task_slots: int = 0  # 0: one set for all tasks
 
     @nn.compact
-    def __call__(self, ids: jax.Array, deterministic: bool = True) -> ad.Adapters:
+    def __call__(self, ids: jax.Array, tasks: jax.Array, deterministic: bool = True) -> ad.Adapters:
+        slots = (self.task_slots,) * bool(self.task_slots)
+
         def leaf(path: tuple, shape: tuple[int, ...]) -> jax.Array:
             names = [str(key.key) for key in path]
-            if names[-1] in ("b", "bias"):  # LoRA without effect at first
-                init = nn.initializers.zeros_init()
-            else:
-                init = nn.initializers.normal(shape[-2] ** -0.5 if names[-1] == "a" else 1.0)
-            axes = ("layers", *(None,) * (len(shape) - 2))
-            one = (shape[0], *shape[2:])
-            value = self.param(".".join(names), nn.with_logical_partitioning(init, axes), one)
-            return jnp.broadcast_to(value[:, None], shape)
+            axes = ("layers", *(None,) * (len(shape) - 2 + len(slots)))
+            init = nn.with_logical_partitioning(_start(names[-1], shape, len(slots)), axes)
+            made = self.param(".".join(names), init, (shape[0], *slots, *shape[2:]))
+            return made[:, tasks] if slots else jnp.broadcast_to(made[:, None], shape)
 
         shapes = ad.shapes(self.spec, self.config, ids.shape[0])
         tree = jax.tree_util.tree_map_with_path(leaf, shapes, is_leaf=lambda x: type(x) is tuple)
         return ad.Adapters(tree, self.spec)
+
+
+def _start(name: str, shape: tuple[int, ...], slots: int) -> nn.initializers.Initializer:
+    """How a leaf starts: LoRA without effect, bottleneck adapters with hardly any."""
+    if name in ("b", "bias", "down_bias", "up_bias"):
+        return nn.initializers.zeros_init()
+    if name in ("down", "up"):  # Hyperdecoders' learned adapters: Xavier with a gain of 1e-4
+        axes = tuple(range(1 + slots))
+        return nn.initializers.variance_scaling(1e-8, "fan_avg", "uniform", batch_axis=axes)
+    return nn.initializers.normal(shape[-2] ** -0.5 if name == "a" else 1.0)

@@ -44,8 +44,36 @@ class LayerFeatures:
     mask: Array
 
 
+def read_layers(
+    embedder: TokenEmbedder,
+    encoder: Encoder,
+    ids: Array,
+    gists: Array | None,
+    deterministic: bool,
+) -> LayerFeatures:
+    """An encoder observed layer by layer while it reads ids [T, L] and then gists [P, D], if any.
+
+    Returns the features of the gists alone where there are any, else of all L tokens (P = L).
+    """
+    ids = right_align(ids)
+    x, mask = embedder(ids), ids > 0
+    if gists is not None:
+        gists = gists.astype(x.dtype)
+        x = jnp.concatenate([x, jnp.broadcast_to(gists, (x.shape[0], *gists.shape))], 1)
+        mask = jnp.pad(mask, ((0, 0), (0, len(gists))), constant_values=True)
+    output, (key, value, states) = encoder(x, pair_mask(mask, mask), None, deterministic, True)
+    start = ids.shape[1] if gists is not None else 0
+    return LayerFeatures(
+        key[:, :, start:],
+        value[:, :, start:],
+        states[:, :, start:],
+        output[:, start:],
+        mask[:, start:],
+    )
+
+
 class LayerwiseReader(nn.Module):
-    """A T5 encoder over the conditioning, observed layer by layer (ours; no paper).
+    """A T5 encoder of its own over the conditioning, observed layer by layer (ours; no paper).
 
     With ``gist_tokens`` P > 0 as many learned embeddings follow the text and only their features
     are returned: the text compressed to P positions (Mu et al. 2023). With 0 the text's own.
@@ -57,24 +85,18 @@ class LayerwiseReader(nn.Module):
     @nn.compact
     def __call__(self, ids: Array, deterministic: bool = True) -> LayerFeatures:
         """ids [T, L] -> features of P gist tokens, or of all L tokens (P = L)."""
-        c, gists = self.config, self.gist_tokens
-        ids = right_align(ids)
-        x, mask = TokenEmbedder(c, name="token_embedder")(ids), ids > 0
-        if gists:
+        c, gists = self.config, None
+        if self.gist_tokens:
             init = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("prefix", "embed"))
-            learned = self.param("gists", init, (gists, c.emb_dim), jnp.float32).astype(c.dtype)
-            x = jnp.concatenate([x, jnp.broadcast_to(learned, (x.shape[0], *learned.shape))], 1)
-            mask = jnp.pad(mask, ((0, 0), (0, gists)), constant_values=True)
-        encoder = Encoder(c, collect=True, name="encoder")
-        output, (key, value, states) = encoder(x, pair_mask(mask, mask), None, deterministic)
-        start = ids.shape[1] if gists else 0
-        return LayerFeatures(
-            key[:, :, start:],
-            value[:, :, start:],
-            states[:, :, start:],
-            output[:, start:],
-            mask[:, start:],
-        )
+            gists = self.param("gists", init, (self.gist_tokens, c.emb_dim), jnp.float32)
+        embedder, encoder = TokenEmbedder(c, name="token_embedder"), Encoder(c, name="encoder")
+        return read_layers(embedder, encoder, ids, gists, deterministic)
+
+
+def mean_pool(states: Array, mask: Array) -> Array:
+    """[B, L, D] -> [B, D]: the mean over the positions where mask [B, L] is True."""
+    weights = mask.astype(states.dtype)[..., None]
+    return jnp.sum(states * weights, 1) / jnp.maximum(jnp.sum(weights, 1), 1)
 
 
 class QueryReader(nn.Module):

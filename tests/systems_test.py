@@ -1,0 +1,166 @@
+"""Every system by the same commands: train, evaluate, adapt, predict, export."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import runs
+
+from hyper_t5 import adapters as ad
+from hyper_t5 import checkpoint, evaluate, model, serve, weights
+from hyper_t5.errors import UserError
+from hyper_t5.hypermodels import BACKBONE, SYSTEMS
+
+every_system = pytest.mark.parametrize("system", SYSTEMS)
+# What other tools cannot say, and the words of the refusal.
+REFUSED = {
+    "bottleneck adapters": ("hint", "shared_bottleneck", "task_bottleneck"),
+    "T5's decoder more memory": ("fid_icl", "cached"),
+    "in front of every input": ("concat", "hyperdecoder"),
+    "self-attention only": ("hyper_prefix", "hyper_prefix_plus", "shared_prefix", "task_prefix"),
+    "nothing in these adapters": ("none",),
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A backbone, tasks, and a folder for the runs."""
+    folder = tmp_path_factory.mktemp("systems")
+    runs.save_backbone(folder / "backbone")
+    runs.save_sni(folder / "sni")
+    return folder
+
+
+@functools.cache
+def trained(root: Path, system: str) -> Path:
+    """The workdir of four steps of a system, where it trains anything."""
+    fields: dict[str, Any] = {
+        "system": system,
+        "backbone__path": str(root / "backbone"),
+        "data__sni_dir": str(root / "sni"),
+        "data__shots": (1, 1),
+        "adapter__bottleneck_sizes": (3,),
+        "eval__max_rows_per_task": 3,
+    }
+    if system.startswith("task_"):
+        fields |= {"stage": "peft", "adapter__task_slots": 2}
+    if system == "hint":
+        fields |= {"adapter__prefix_sites": ad.ATTENTION_SITES, "adapter__position_bias": "zero"}
+    config, folder = runs.make_config(**fields), root / system
+    if SYSTEMS[system].trains:
+        runs.run(config, folder)
+    else:
+        runs.workdir.check_resume(folder, config)
+    return folder
+
+
+@functools.cache
+def judged(root: Path, system: str) -> dict[str, Any]:
+    return evaluate.evaluate_workdir(trained(root, system))
+
+
+def backbone_of(root: Path, system: str) -> Path:
+    """The folder that predict takes: of the run, where that trained a backbone."""
+    return trained(root, system) if BACKBONE in SYSTEMS[system].trains else root / "backbone"
+
+
+@functools.cache
+def adapted(root: Path, system: str) -> list[Path]:
+    """Native folders of the two held-out tasks."""
+    folder = root / f"{system}_adapters"
+    files = [root / "sni" / "tasks" / f"{name}.json" for name in runs.HELD_OUT]
+    return [serve.adapt(trained(root, system), file, folder / file.stem) for file in files]
+
+
+@every_system
+def test_what_a_system_trains_is_what_its_checkpoint_holds(root: Path, system: str) -> None:
+    folder, trains = trained(root, system), SYSTEMS[system].trains
+    if not trains:
+        with pytest.raises(UserError, match=f"system={system} has nothing to train"):
+            runs.run(model.load_run(folder)[0], root / f"{system}_again")
+        return
+    held = {leaf.split("/")[1] for leaf in runs.leaves(folder, 4) if leaf.startswith("params/")}
+    assert held == set(trains)
+    first, last = (checkpoint.load_subtree(folder / "checkpoints" / s, "params")[0] for s in "24")
+    changed = {k: any(map(np.any, _differences(first[k], last[k]))) for k in trains}
+    assert all(changed.values())
+    assert (folder / "backbone").is_dir() == (BACKBONE in trains)
+    if BACKBONE in trains:
+        _, left, _ = weights.load_backbone(folder / "backbone")
+        assert not any(map(np.any, _differences(left, last["backbone"])))
+
+
+def _differences(one: Any, other: Any) -> list[np.ndarray]:
+    import jax
+
+    return jax.tree.leaves(jax.tree.map(lambda x, y: np.asarray(x) != np.asarray(y), one, other))
+
+
+@every_system
+def test_predict_answers_as_evaluate_does(root: Path, system: str, tmp_path: Path) -> None:
+    judged(root, system)
+    (step,) = (trained(root, system) / "eval").iterdir()
+    lines = (step / "predictions.jsonl").read_text().splitlines()
+    expected = [json.loads(line) for line in lines]
+    assert len(expected) == 6
+    rows = [{"input": r["input"], "adapter": r["task"]} for r in expected]
+    given = tmp_path / "rows.jsonl"
+    given.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    serve.predict(
+        backbone_of(root, system),
+        adapted(root, system),
+        given,
+        tmp_path / "out.jsonl",
+        batch=4,
+        max_decode_length=4,
+    )
+    made = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["output"] for row in made] == [row["prediction"] for row in expected]
+    assert any(row["output"] for row in made)
+
+
+@every_system
+def test_peft_takes_it_or_is_told_why_not(root: Path, system: str, tmp_path: Path) -> None:
+    reason = [words for words, systems in REFUSED.items() if system in systems]
+    folder, backbone = adapted(root, system)[0], backbone_of(root, system)
+    task = root / "sni" / "tasks" / f"{runs.HELD_OUT[0]}.json"
+    if reason:
+        with pytest.raises(UserError, match=reason[0]):
+            serve.export(folder, tmp_path / "peft", "peft", backbone)
+        with pytest.raises(UserError, match=reason[0]):
+            serve.adapt(trained(root, system), task, tmp_path / "other", "peft")
+        assert not (tmp_path / "peft").exists()
+        return
+    exported = serve.export(folder, tmp_path / "peft", "peft", backbone)
+    assert (exported / "adapter_config.json").is_file()
+    serve.adapt(trained(root, system), task, tmp_path / "other", "peft")
+
+
+@every_system
+def test_the_task_decides_what_a_system_emits(root: Path, system: str) -> None:
+    """And nothing does where it reads nothing."""
+    (one, meta, hyper), (other, other_meta, _) = (ad.load(f) for f in adapted(root, system))
+    same = not any(map(np.any, _differences(one.tree, other.tree)))
+    assert same == system.startswith(("shared_", "none", "concat", "hyperdecoder"))
+    assert ("text" in meta) == (meta.get("text") != other_meta.get("text"))
+    assert ("text" in meta) == (SYSTEMS[system].layout == "concat")
+    assert (hyper is not None) == (system == "hyperdecoder")
+
+
+def test_adapters_for_each_task_are_for_those_tasks(root: Path, tmp_path: Path) -> None:
+    stranger = tmp_path / "task9_other.json"
+    stranger.write_text(json.dumps(runs.sni_task("task9_other")))
+    with pytest.raises(UserError, match="task9_other: task_lora has adapters for each task"):
+        serve.adapt(trained(root, "task_lora"), stranger, tmp_path / "out")
+    config = model.load_run(trained(root, "task_lora"))[0]
+    config.adapter.task_slots = 1
+    with pytest.raises(UserError, match=r"adapter.task_slots=1, but there are 2 tasks"):
+        runs.run(config, tmp_path / "run")
+    config.adapter.task_slots = 0
+    with pytest.raises(UserError, match=r"adapter.task_slots=0: task_lora keeps adapters for each"):
+        runs.run(config, tmp_path / "run2")
