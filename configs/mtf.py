@@ -13,7 +13,8 @@ Super-NaturalInstructions with the definition and two examples shown ("Def+2Pos"
 Published ROUGE-L on the 119 test tasks, from LM-adapted checkpoints: large 42.0, XL 45.0 and 48.6
 (two later papers; probably LoRA, and Prefix); the text concatenated to a fine-tuned model's input:
 large 47.6, XL 54.0. Arguments:
-    system   hyper_prefix | hyper_lora | concat (the baseline; it needs no --gin.hypermodel.path)
+    system   hyper_prefix | hyper_lora; with _plus the backbone is trained along (HyperTuning+).
+             Any other has these numbers too, but see the config of its own or baselines.py
     size     small | base | large | xl | xxl: of the backbone, and so of the hypermodel
     mixture  sni: Super-NaturalInstructions in --gin.data.sni_dir | synthetic: the embedded suite
 

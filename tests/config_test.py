@@ -7,12 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 from ml_collections import ConfigDict
 
 from hyper_t5 import config as config_lib
-from hyper_t5 import overrides, t5, workdir
+from hyper_t5 import hypermodels, model, overrides, t5, workdir
 from hyper_t5.errors import UserError
+from hyper_t5.hypermodels import SYSTEMS
+from hyper_t5.overrides import flatten
 
 pytestmark = pytest.mark.smoke
 
@@ -412,6 +415,11 @@ def test_workdir_that_is_a_file(plain: str) -> None:
         (["adapter.lora_targets=enc_self.qery"], "the nearest is 'enc_self.query'"),
         (["adapter.prefix_sites=enc_mlp"], "unknown adapter.prefix_sites 'enc_mlp'"),
         (["adapter.prefix_sites=enc_self,enc_self"], "names one place twice"),
+        (["adapter.bottleneck_sites=enc_self"], "unknown adapter.bottleneck_sites 'enc_self'"),
+        (["adapter.bottleneck_sizes=4,0"], "adapter.bottleneck_sizes must each be 1 or more"),
+        (["adapter.bottleneck_activation=gellu"], "the nearest is 'gelu'"),
+        (["stage=peft", "system=concat"], "stage=peft tunes adapters on the tasks that are judged"),
+        (["optimizer.backbone_step_offset=1"], "is beyond optimizer.first_step=0; lower it"),
     ],
 )
 def test_contradiction_is_refused(plain: str, given: list[str], expected: str) -> None:
@@ -428,26 +436,73 @@ def test_contradiction_is_refused(plain: str, given: list[str], expected: str) -
         ["data.use_instruction=False"],
         ["data.use_instruction=False", "data.shots=0,0", "stage=hyperpretrain"],
         ["system=concat", "backbone.path="],
+        ["system=hint", "backbone.path="],
+        ["system=hyperdecoder", "data.use_instruction=False", "data.shots=0,0"],
+        ["system=task_lora", "stage=peft"],
         ["adapter.lora_targets=enc_mlp.wi"],  # the backbone's folder says whether it has one
         ["adapter.lora_targets=enc_mlp.wi_0"],
     ],
 )
-def test_sense_is_not_refused(
-    plain: str, given: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        "hyper_t5.hypermodels.SYSTEMS", {"concat": 0, "hyper_prefix": 0}, raising=False
-    )
+def test_sense_is_not_refused(plain: str, given: list[str]) -> None:
     config_lib.validate(config_lib.load(plain, [BACKBONE, *given]))
 
 
-def test_unknown_system_names_the_nearest(plain: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "hyper_t5.hypermodels.SYSTEMS", {"hyper_lora": 0, "concat": 0}, raising=False
-    )
+def test_unknown_system_names_the_nearest(plain: str) -> None:
     config = config_lib.load(plain, ["system=hyper_lra"])
     with pytest.raises(UserError, match="unknown system 'hyper_lra', the nearest is 'hyper_lora'"):
         config_lib.validate(config)
+
+
+def test_a_system_has_a_section_of_its_own() -> None:
+    config = config_lib.defaults()
+    assert {name for name in SYSTEMS if name in config} == {"hyperdecoder"}
+    assert config.hyperdecoder.to_dict() == dict(SYSTEMS["hyperdecoder"].options)
+
+
+# What each published system is, as its config says.
+PUBLISHED = {
+    "hint.py:size=base": {"system": "hint", "model.emb_dim": 768, "adapter.prefix_length": 30},
+    "hint.py:size=xxl,stage=hyperpretrain": {"data.text_split": "three_way", "train.steps": 10_000},
+    "hyperdecoder.py": {
+        "system": "hyperdecoder",
+        "data.mixture": "glue",
+        "model.emb_dim": 1024,
+        "data.tasks_per_batch": 128,
+    },
+    "hyperdecoder.py:mixture=extractive_qa": {"adapter.bottleneck_sizes": (512, 36)},
+    "text_to_lora.py": {"system": "text_to_lora", "adapter.lora_rank": 8},
+    "fid_icl.py:size=xl": {"system": "fid_icl", "data.shots": (16, 16)},
+    "cached.py": {"system": "cached"},
+    "cached.py:trained=yes,gist_tokens=32": {
+        "system": "hyper_prefix",
+        "hypermodel.gist_tokens": 32,
+    },
+    "hyperpretrain.py:system=hyper_lora": {"system": "hyper_lora", "stage": "hyperpretrain"},
+    "mtf.py:system=hyper_lora_plus": {"system": "hyper_lora_plus", "stage": "mtf"},
+    "hyperpretrain.py:system=hyper_prefix_plus": {"system": "hyper_prefix_plus"},
+    "baselines.py": {"system": "concat", "train.steps": 9_427},
+    **{
+        f"baselines.py:system={w}_{kind}": {"system": f"{w}_{kind}", "stage": stage}
+        for w, stage in (("shared", "mtf"), ("task", "peft"))
+        for kind in ("lora", "prefix", "bottleneck")
+    },
+    "baselines.py:system=none": {"system": "none"},
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_config(name: str) -> None:
+    config = config_lib.load(f"configs/{name}", [BACKBONE])
+    config_lib.validate(config)
+    found = flatten(config)
+    assert {field: found[field] for field in PUBLISHED[name]} == PUBLISHED[name]
+    m = model.build(config, config_lib.t5_config(config))
+    if m.hypermodel is not None:  # and it can be built at that size
+        jax.eval_shape(lambda: hypermodels.init_params(m.hypermodel, jax.random.key(0)))  # type: ignore[arg-type]
+
+
+def test_every_system_is_in_a_config_of_published_size() -> None:
+    assert {fields.get("system") for fields in PUBLISHED.values()} >= SYSTEMS.keys()
 
 
 def test_lists_from_a_config_file_become_tuples(tmp_path: Path) -> None:

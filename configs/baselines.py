@@ -1,0 +1,52 @@
+"""The baselines that every hypermodel is judged by, on the data of configs/mtf.py.
+
+    hyper-t5 train --workdir runs/tk --config configs/baselines.py:system=concat,size=large \
+        --gin.backbone.path=t5_1_1_lm100k_large --gin.data.vocab=spiece.model \
+        --gin.data.sni_dir=natural-instructions
+    hyper-t5 evaluate --workdir runs/tk
+
+Published ROUGE-L on the 119 test tasks, definition and two examples: Tk-Instruct large 47.6, xl
+54.0; no fine-tuning xl 13.6. Arguments:
+    system   concat: multi-task fine-tuning with the text in front of the input (Tk-Instruct, T0,
+                 MetaICL); none: the backbone as it is (evaluate --config, nothing to train)
+             shared_lora | shared_prefix | shared_bottleneck: one learned adapter for all tasks
+             task_lora | task_prefix | task_bottleneck: an adapter for each judged task, by gradient
+                 on its rows that are not judged
+    size     small | base | large | xl | xxl
+    mixture  sni | synthetic
+"""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from hyper_t5 import config as config_lib
+from hyper_t5.configs import mtf
+from hyper_t5.overrides import choose
+
+LEARNED = ("lora", "prefix", "bottleneck")
+SYSTEMS = ("concat", "none", *(f"{w}_{kind}" for w in ("shared", "task") for kind in LEARNED))
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """The config of one run; ``arg`` as in the module's docstring."""
+    args = config_lib.parse_args(arg, system="concat", size="large", mixture="sni")
+    choose("system", args.system, SYSTEMS)
+    config = mtf.get_config(f"system={args.system},size={args.size},mixture={args.mixture}")
+    config.adapter.prefix_sites = ("enc_self", "dec_self", "dec_cross")
+    if args.system == "concat":  # Tk-Instruct: 2 epochs of 75,417 rows, 16 at a time
+        config.data.hyper_length, config.data.input_length = 768, 256  # published: 1024 together
+        config.data.target_length = 128
+        config.data.tasks_per_batch = 16
+        config.train.steps = 9_427
+        config.optimizer.learning_rate = 5e-5
+        config.optimizer.schedule = "constant"
+        config.optimizer.warmup_steps = 0
+    elif args.system != "none":
+        config.optimizer.learning_rate = 1e-3  # ours: what is learned starts at nothing
+    if args.system.startswith("task_"):
+        config.stage = "peft"
+        config.adapter.task_slots = 128  # 119 are judged
+        config.data.tasks_per_batch, config.data.examples_per_task = 32, 4
+        config.train.steps = 1_000
+    return config
