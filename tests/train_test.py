@@ -165,7 +165,7 @@ def test_gradients_reach_every_leaf_of_the_hypermodel(make: Any, tmp_path: Path)
 
 def random_batch(rng: np.random.Generator, tasks: int = 4, rows: int = 2) -> dict[str, np.ndarray]:
     """Rows of very different lengths, so that a mean of means is not the mean."""
-    batch = {}
+    batch = {"tasks": np.arange(tasks, dtype=np.int32)}
     for name, shape in {
         "hyper_inputs": (tasks, 12),
         "inputs": (tasks, rows, 10),
