@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny import (
+    BOTTLENECK,
     CONFIG,
     EVERY_TARGET,
     EVERYTHING,
@@ -75,7 +76,7 @@ def test_masked_slots_have_no_effect() -> None:
     adapters = with_mask(random_adapters(EVERYTHING["hf"], 2), hidden=1)
 
     def poison(path: str, leaf: np.ndarray) -> np.ndarray:
-        if "prefix" in path and "mask" not in path:
+        if ("prefix" in path or "memory" in path) and "mask" not in path:
             leaf[:, :, 0] = 100.0
         return leaf
 
@@ -84,7 +85,7 @@ def test_masked_slots_have_no_effect() -> None:
     # Nor do they move the others: with 'hf' slots count back from the row's first token.
     prefix = dataclasses.replace(PREFIX.prefix or PrefixSpec((), 0), length=2)
     shorter = change(adapters, lambda path, leaf: leaf[:, :, 1:] if "prefix" in path else leaf)
-    shorter = Adapters(shorter.tree, AdapterSpec(LORA.lora, prefix))
+    shorter = Adapters(shorter.tree, dataclasses.replace(shorter.spec, prefix=prefix))
     assert off(run(INPUTS, TARGETS, shorter)[REAL], found[REAL]) < 1e-5
 
 
@@ -114,6 +115,58 @@ def test_lora_bias_is_added_and_scaled() -> None:
     np.testing.assert_array_equal(scaled["bias"][0], leaf["bias"] * 1.5)
     np.testing.assert_array_equal(scaled["b"][0], leaf["b"] * 1.5)
     np.testing.assert_array_equal(scaled["a"][0], leaf["a"])
+
+
+@pytest.mark.parametrize("kind", ["normed", "raw"])
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+def test_a_bottleneck_stands_beside_the_mlp(kind: str, activation: str) -> None:
+    spec = dataclasses.replace(BOTTLENECK, activation=activation, input=kind)
+    adapters = random_adapters(AdapterSpec(bottleneck=spec), 2)
+    rng = np.random.default_rng(0)
+    x, normed = (rng.normal(size=(4, 3, CONFIG.emb_dim)).astype(np.float32) for _ in range(2))
+    (leaf,) = (t5._stack_adapters(adapters, {"mlp": "dec_mlp"})["mlp"],)
+    layer = jax.tree.map(lambda y: y[1], leaf)
+    found = jax.jit(t5.bottleneck_delta)(x, normed, layer)
+    w = {k: v[1] for k, v in adapters.tree["dec_mlp"]["bottleneck"].items()}
+    act = getattr(jax.nn, activation)
+    for row in range(4):
+        t = row // 2
+        hidden = act((normed if kind == "normed" else x)[row] @ w["down"][t] + w["down_bias"][t])
+        assert off(found[row], hidden @ w["up"][t] + w["up_bias"][t]) < 1e-5
+    # And that is where it is added: zero but for the last bias, which reaches every token.
+    plain, zero = run(INPUTS, TARGETS), ad.zeros(AdapterSpec(bottleneck=spec), CONFIG, 2)
+    np.testing.assert_array_equal(run(INPUTS, TARGETS, zero), plain)
+    for site in ad.MLP_SITES:
+        one = ad.zeros(AdapterSpec(bottleneck=spec), CONFIG, 2)
+        one.tree[site]["bottleneck"]["up_bias"] += 1.0
+        assert off(run(INPUTS, TARGETS, one), plain) > 1e-3, site
+
+
+def test_memory_is_more_of_the_encoders_output() -> None:
+    adapters, taught = random_adapters(AdapterSpec(memory=4), 2), ids(4, 5, seed=1)
+    found = run(INPUTS, TARGETS, adapters)
+    apply = functools.partial(t5.T5(CONFIG).apply, {"params": params()})
+    encoded = apply(INPUTS, method="encode")
+    shared = np.repeat(adapters.tree[ad.MEMORY]["states"][0], 2, 0)
+    real = np.concatenate([np.tile([False, True, True, True], (4, 1)), INPUTS > 0], 1)
+    decoded = t5.Decoder(CONFIG).apply(
+        {"params": params()["decoder"]},
+        params()["token_embedder"]["embedding"][t5.shift_right(taught)],
+        jnp.concatenate([shared, encoded], 1),
+        t5.pair_mask(taught, taught),
+        jnp.broadcast_to(real[:, None], (4, 5, real.shape[1])),
+    )
+    expected = decoded @ params()["decoder"]["logits_dense"]["kernel"]
+    assert off(found[REAL], expected[REAL]) < 1e-5
+    assert off(found[REAL], run(INPUTS, TARGETS)[REAL]) > 1e-2
+
+
+def test_inputs_may_be_read_elsewhere() -> None:
+    """No input but memory of its encoding, a task a row: what a Hyperdecoder hands over."""
+    states = t5.T5(CONFIG).apply({"params": params()}, INPUTS, method="encode")
+    tree = {ad.MEMORY: {"states": states[None], "mask": INPUTS[None] > 0}}
+    found = run(INPUTS[:, :0], TARGETS, Adapters(tree, AdapterSpec(memory=INPUTS.shape[1])))
+    assert off(found[REAL], run(INPUTS, TARGETS)[REAL]) < 1e-5
 
 
 def test_attention_to_a_prefix_is_attention_to_more_keys() -> None:
@@ -209,7 +262,8 @@ def test_a_task_never_touches_the_rows_of_another() -> None:
     adapters = random_adapters(EVERYTHING["hf"], 2)
 
     def second_task(_: str, leaf: np.ndarray) -> np.ndarray:
-        leaf[:, 1] *= -3.0
+        if leaf.dtype != bool:
+            leaf[:, 1] *= -3.0
         return leaf
 
     other = change(adapters, second_task)

@@ -13,7 +13,7 @@ import numpy as np
 
 from hyper_t5 import adapters as ad
 from hyper_t5 import t5
-from hyper_t5.adapters import Adapters, AdapterSpec, LoraSpec, PrefixSpec
+from hyper_t5.adapters import Adapters, AdapterSpec, BottleneckSpec, LoraSpec, PrefixSpec
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -33,9 +33,10 @@ SITES = (*ad.ATTENTION_SITES, *ad.MLP_SITES)
 EVERY_TARGET = ad.targets_of(SITES, CONFIG)
 LORA = AdapterSpec(lora=LoraSpec(EVERY_TARGET, rank=2, alpha=3.0, bias=True))
 PREFIX = AdapterSpec(prefix=PrefixSpec(ad.ATTENTION_SITES, 3, "hf"))
-# LoRA on every projection and prefixes at every site.
+BOTTLENECK = BottleneckSpec(ad.MLP_SITES, (3, 4))
+# LoRA on every projection, prefixes at every attention, bottlenecks at every MLP, and memory.
 EVERYTHING = {
-    bias: AdapterSpec(LORA.lora, PrefixSpec(ad.ATTENTION_SITES, 3, bias))
+    bias: AdapterSpec(LORA.lora, PrefixSpec(ad.ATTENTION_SITES, 3, bias), BOTTLENECK, memory=4)
     for bias in ad.POSITION_BIASES
 }
 
@@ -47,7 +48,10 @@ def params(config: t5.T5Config = CONFIG) -> dict[str, Any]:
 
 
 def random_adapters(spec: AdapterSpec, tasks: int, config: t5.T5Config = CONFIG) -> Adapters:
-    """Adapters that move the logits by about their own size; prefixes without mask."""
+    """Adapters that move the logits by about their own size; prefixes without mask.
+
+    The first place of the memory is masked.
+    """
     rng = np.random.default_rng(1)
 
     def leaf(shape: tuple[int, ...]) -> np.ndarray:
@@ -57,7 +61,12 @@ def random_adapters(spec: AdapterSpec, tasks: int, config: t5.T5Config = CONFIG)
         return isinstance(x, tuple)
 
     shapes = ad.shapes(spec, config, tasks)
-    return Adapters(jax.tree.map(leaf, shapes, is_leaf=is_leaf), spec)
+    tree = jax.tree.map(leaf, shapes, is_leaf=is_leaf)
+    if spec.memory:
+        tree[ad.MEMORY]["mask"] = np.broadcast_to(
+            np.arange(spec.memory) > 0, (1, tasks, spec.memory)
+        )
+    return Adapters(tree, spec)
 
 
 def ids(rows: int, length: int, shortest: int = 2, seed: int = 0) -> jax.Array:
