@@ -148,10 +148,11 @@ def read_in_the_input(text: jax.Array, extra: jax.Array, batch: Any) -> jax.Arra
     return decoded @ params()["decoder"]["logits_dense"]["kernel"]
 
 
-@pytest.mark.parametrize("kind", ["prefix-text", "prefix-gists"])
+@pytest.mark.parametrize("kind", ["prefix-text", "prefix-gists", "cached"])
 def test_layerwise_starts_as_the_backbone_reading_the_text(kind: str) -> None:
     m, start = fresh(kind)
-    extra = start["hypermodel"]["reader"].get("gists", jnp.zeros((0, CONFIG.emb_dim)))
+    reader = start["hypermodel"].get("reader", {})
+    extra = reader.get("gists", jnp.zeros((0, CONFIG.emb_dim)))
     expected = [
         read_in_the_input(text[text > 0], extra, (inputs, targets))
         for text, inputs, targets in zip(*TEXTS_AND_ROWS, strict=True)
@@ -161,7 +162,7 @@ def test_layerwise_starts_as_the_backbone_reading_the_text(kind: str) -> None:
     assert off(found[REAL], plain()[REAL]) > 0.01
 
 
-@pytest.mark.parametrize("kind", ["lora-gists", "lora-queries"])
+@pytest.mark.parametrize("kind", ["lora-gists", "lora-queries", "text_to_lora"])
 def test_lora_starts_without_effect(kind: str) -> None:
     m, start = fresh(kind)
     np.testing.assert_array_equal(logits(m, start, BATCH), plain())
@@ -379,6 +380,86 @@ def test_a_shared_adapter_reads_nothing(system: str) -> None:
         assert leaf.any() != name.endswith(("/b", "_bias"))
 
 
+# ------------------------------------------------------------------------- the other systems
+
+
+def test_text_to_lora_starts_as_one_lora_for_all_tasks() -> None:
+    made = leaves(emit(*fresh("text_to_lora"), ids(3, LENGTH, seed=3)))
+    for name, leaf in made.items():
+        np.testing.assert_array_equal(leaf[:, 0], leaf[:, 2])
+        if name.endswith("/a"):  # as LoRA starts: about one over the root of what it reads
+            assert 0.7 < leaf.std() * leaf.shape[2] ** 0.5 < 1.3
+    told = leaves(emit(*moved("text_to_lora"), ids(3, LENGTH, seed=3)))
+    assert any(off(leaf[:, 0], leaf[:, 2]) > 1e-3 for leaf in told.values())
+
+
+def test_fid_icl_encodes_each_part_alone() -> None:
+    parts = [[5, 6, 7, 1], [8, 9, 1], [10, 1]]
+    whole = np.array([[*parts[0], *parts[1], *parts[2], 0, 0]], np.int32)
+    memory = emit(*fresh("fid_icl"), whole)
+    assert memory is not None
+    alone = [
+        t5.T5(CONFIG).apply({"params": params()}, jnp.array([part]), method="encode")[0]
+        for part in parts
+    ]
+    states, mask = (memory.tree[ad.MEMORY][k][0, 0] for k in ("states", "mask"))
+    assert off(states[mask], np.concatenate(alone)) < 1e-5
+    assert mask.sum() == 9
+    one = t5.T5(CONFIG).apply({"params": params()}, jnp.asarray(whole), method="encode")[0]
+    assert off(states[mask], one[mask]) > 1e-2
+
+
+MODES = ("learned", "generated", "per_task", "none")
+
+
+@pytest.mark.parametrize("decoder", MODES)
+@pytest.mark.parametrize("encoder", MODES)
+def test_every_mode_of_the_hyperdecoder_is_trained_whole(encoder: str, decoder: str) -> None:
+    """No parameter of a mode without a gradient, and none for what the task number leaves out."""
+    m = build(
+        system="hyperdecoder",
+        adapter__bottleneck_sizes=(3, 2),
+        adapter__task_slots=3,
+        hyperdecoder__encoder=encoder,
+        hyperdecoder__decoder=decoder,
+    )
+    assert m.hypermodel is not None
+    assert m.task_slots == (3 if "per_task" in (encoder, decoder) else 0)
+    own = hypermodels.init_params(m.hypermodel, jax.random.key(0))
+    rng = np.random.default_rng(0)
+    own = jax.tree.map(lambda x: np.float32(x + 0.3 * rng.normal(size=x.shape)), own)
+    assert bool(own) == ({encoder, decoder} != {"none"})
+
+    @jax.jit
+    def loss(own: Any) -> jax.Array:
+        found = m.logits({"hypermodel": own, "backbone": params()}, BATCH)
+        return jnp.sum(jnp.where(REAL[..., None], found, 0.0) ** 2)
+
+    for path, gradient in traverse_util.flatten_dict(jax.grad(loss)(own), sep="/").items():
+        assert np.any(gradient), path
+        stack, _, rest = path.partition("_")
+        if rest.startswith("adapters") and {"encoder": encoder, "decoder": decoder}[stack] == (
+            "per_task"
+        ):
+            assert np.any(gradient[:, 0])
+            assert np.any(gradient[:, 1])
+            assert not np.any(gradient[:, 2])  # the batch has tasks 0 and 1
+
+
+def test_a_hyperdecoder_generates_once_for_all_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    m, trained = moved("hyperdecoder")
+    rows, calls = BATCH["inputs"].reshape(4, 6), []
+    generate = model.generate
+    monkeypatch.setattr(model, "generate", lambda *a: calls.append(a[2].shape) or generate(*a))
+    found = model.respond(m, trained, None, rows, jnp.zeros(4, jnp.int32), steps=5)
+    assert calls == [(4, 6)]
+    # And it is what teacher forcing says, each row by its own adapters.
+    batch = {"inputs": rows[:, None], "targets": found[:, None]}
+    batch |= {"hyper_inputs": rows[:, :1], "tasks": jnp.zeros(4, jnp.int32)}
+    likeliest = np.argmax(logits(m, trained, batch), -1)
+    np.testing.assert_array_equal(np.where(found > 0, likeliest, 0), found)
+
+
 # ------------------------------------------------------------------------------- bad config
 
 BAD_CONFIGS: list[tuple[dict[str, Any], str]] = [
@@ -398,6 +479,17 @@ BAD_CONFIGS: list[tuple[dict[str, Any], str]] = [
     (QUERIES | {"adapter__prefix_sites": ()}, "adapter.prefix_sites is empty"),
     (LORA | {"adapter__lora_targets": ()}, "adapter.lora_targets is empty"),
     ({"system": "shared_lora", "adapter__lora_targets": ()}, "adapter.lora_targets is empty"),
+    ({"system": "hint", "adapter__bottleneck_sites": ()}, "adapter.bottleneck_sites is empty"),
+    ({"system": "hint", "adapter__bottleneck_sizes": (2, 3)}, "adapter.bottleneck_sizes: system h"),
+    (
+        {"system": "shared_bottleneck", "adapter__bottleneck_sizes": (2, 3, 4)},
+        "adapter.bottleneck_sizes has 3 sizes for 2 places (enc_mlp, dec_mlp)",
+    ),
+    ({"system": "task_lora"}, "adapter.task_slots=0: task_lora keeps adapters for each task"),
+    (
+        {"system": "hyperdecoder", "hyperdecoder__encoder": "learnt"},
+        "unknown hyperdecoder.encoder 'learnt', the nearest is 'learned'",
+    ),
 ]
 
 
