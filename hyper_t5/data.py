@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from hyper_t5.episodes import Batch, EpisodeSampler, EvalTask, eval_episodes
 from hyper_t5.errors import UserError
-from hyper_t5.taskfile import LAYOUTS, Row, TaskRows, format_conditioning
+from hyper_t5.taskfile import LAYOUTS, Row, TaskRows, format_conditioning, text_key
 from hyper_t5.text import TextSampler
 from hyper_t5.vocab import Vocabulary, load_vocab
 
@@ -35,10 +35,12 @@ __all__ = [
     "eval_episodes",
     "format_conditioning",
     "held_out_splits",
+    "load_peft_tasks",
     "load_tasks",
     "make_sampler",
     "mixture_vocab",
     "prefetch",
+    "splits_of",
     "train_batches",
 ]
 
@@ -114,6 +116,53 @@ def held_out_splits(mixture: str) -> tuple[str, ...]:
     return _module(mixture).HELD_OUT
 
 
+def splits_of(config: Any) -> dict[str, str]:
+    """split -> mixture to evaluate on: `eval.split`, or every held-out split of the mixture."""
+    mixture = config.eval.mixture or config.data.mixture
+    names = [config.eval.split] if config.eval.split else held_out_splits(mixture)
+    return dict.fromkeys(names, mixture)
+
+
+def load_peft_tasks(config: Any, vocab: Vocabulary) -> list[TaskRows]:
+    """The tasks that evaluation judges, with rows that it does not: what stage 'peft' trains on.
+
+    Of a task's rows those that have not the text of one of the first `eval.max_rows_per_task`, and
+    of these the first `data.max_instances_per_task` (0 = all). Examples to show stay the task's.
+    Rates are equal: every task's adapters are its own and are trained as much as another's.
+
+    Raises:
+        UserError: as `load_tasks`; every row is judged; or two splits have a task of one name.
+    """
+    most, limit = config.eval.max_rows_per_task, config.data.max_instances_per_task
+    if not most:
+        raise UserError(
+            "eval.max_rows_per_task=0 judges every row and leaves stage=peft none to train on; "
+            "set how many rows a task are judged"
+        )
+    whole = config.data.copy_and_resolve_references()
+    whole.max_instances_per_task = 0
+    found: dict[str, TaskRows] = {}
+    for split, mixture in splits_of(config).items():
+        tasks = load_tasks(mixture, whole, split, vocab)
+        # Of 'train' a limit keeps a random choice, so that evaluation's first rows are others.
+        limited = load_tasks(mixture, config.data, split, vocab) if limit else tasks
+        for task, cut in zip(tasks, limited, strict=True):
+            judged = {text_key(row.input) for row in (*task.rows[:most], *cut.rows[:most])}
+            rows = [row for row in task.rows if text_key(row.input) not in judged]
+            if not rows:
+                raise UserError(
+                    f"task {task.name} of split {split}: all its {len(task.rows)} rows are judged "
+                    f"and stage=peft has none to train on; lower eval.max_rows_per_task={most}"
+                )
+            if task.name in found:
+                raise UserError(
+                    f"stage=peft: two splits of {mixture} have a task {task.name}, and a task has "
+                    "one set of adapters; choose a split with eval.split"
+                )
+            found[task.name] = replace(task, rows=tuple(rows[: limit or None]), rate=1.0)
+    return list(found.values())
+
+
 def _module(mixture: str) -> Any:
     if mixture not in MIXTURES:
         near = difflib.get_close_matches(mixture, MIXTURES, 1, 0.0)[0]
@@ -128,13 +177,20 @@ def _module(mixture: str) -> Any:
 
 
 def make_sampler(config: Any, vocab: Vocabulary, layout: str = "apart") -> Sampler:
-    """The sampler of `config.stage`, over `data.mixture` or `data.text`, in one of LAYOUTS."""
+    """The sampler of `config.stage`, in one of LAYOUTS.
+
+    Over `data.text` for 'hyperpretrain', the training tasks of `data.mixture` for 'mtf', and
+    `load_peft_tasks` for 'peft'.
+    """
     if config.stage == "hyperpretrain":
         chunks = importlib.import_module("hyper_t5.tasks.text").open_chunks(
             config.data, vocab, config.seed
         )
         return TextSampler(chunks, config.data, config.seed, layout)
-    tasks = load_tasks(config.data.mixture, config.data, "train", vocab)
+    if config.stage == "peft":
+        tasks = load_peft_tasks(config, vocab)
+    else:
+        tasks = load_tasks(config.data.mixture, config.data, "train", vocab)
     return EpisodeSampler(tasks, vocab, config.data, config.seed, layout)
 
 

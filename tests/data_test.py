@@ -9,6 +9,7 @@ import lzma
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def make_config(**fields: Any) -> ConfigDict:
                 "segment_shares": (0.25, 0.25),
                 "max_instances_per_task": 0,
             },
-            "eval": {"max_rows_per_task": 5, "shots": 2},
+            "eval": {"mixture": "", "split": "", "max_rows_per_task": 5, "shots": 2},
         }
     )
     config.data.update(fields)
@@ -566,6 +567,97 @@ def test_skipped_rows_are_printed(sni_dir: Path, capsys: pytest.CaptureFixture[s
     config = make_config(sni_dir=str(sni_dir), on_bad_row="skip").data
     data.load_tasks("sni", config, "test", BYTES)
     assert "sni_test: 1 bad rows of Instances skipped" in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------- stage "peft"
+
+
+def peft_config(**fields: Any) -> ConfigDict:
+    config = make_config(**fields)
+    config.stage = "peft"
+    return config
+
+
+def test_peft_trains_on_the_judged_tasks_other_rows(
+    sni_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = sni_object("task4_e", rows=12)
+    raw["Instances"][9]["input"] = " task4_e  row 0"  # judged, spaced otherwise
+    (sni_dir / "tasks" / "task4_e.json").write_text(json.dumps(raw))
+    config = peft_config(sni_dir=str(sni_dir))
+    (whole,) = data.load_tasks("sni", config.data, "test", BYTES)
+    load = data.load_tasks  # with rates by size, as some mixtures have them
+    monkeypatch.setattr(
+        data, "load_tasks", lambda *args: [replace(task, rate=12.0) for task in load(*args)]
+    )
+    for limit, places in ((0, (5, 6, 7, 8, 10, 11)), (3, (5, 6, 7)), (40, (5, 6, 7, 8, 10, 11))):
+        config.data.max_instances_per_task = limit
+        (task,) = data.load_peft_tasks(config, BYTES)
+        assert [row.id for row in task.rows] == [f"task4_e-row-{i}" for i in places]
+        assert (task.name, task.examples, task.rate) == ("task4_e", whole.examples, 1.0)
+        assert config.data.max_instances_per_task == limit
+    config.data.max_instances_per_task = 0
+    made = data.make_sampler(config, BYTES)
+    assert made.names == ("task4_e",)
+    asked = {
+        BYTES.decode(row)
+        for step in range(20)
+        for row in made.batch(step)["inputs"].reshape(-1, 24)
+    }
+    assert asked == {f"task4_e row {i}" for i in (5, 6, 7, 8, 10, 11)}
+
+
+@pytest.mark.parametrize("limit", [0, 10])
+def test_peft_never_trains_on_what_any_split_judges(sni_dir: Path, limit: int) -> None:
+    for name in ("task1_a", "task2_b-c", "task3_d"):
+        (sni_dir / "tasks" / f"{name}.json").write_text(json.dumps(sni_object(name, rows=30)))
+    config = peft_config(sni_dir=str(sni_dir), max_instances_per_task=limit)
+    config.eval.split = "train"
+    judged = data.eval_episodes(data.load_tasks("sni", config.data, "train", BYTES), BYTES, config)
+    tasks = data.load_peft_tasks(config, BYTES)
+    assert [task.name for task in tasks] == [task.name for task in judged]
+    for task, asked in zip(tasks, judged, strict=True):
+        assert len(asked.ids) == 5
+        assert len(task.rows) == (limit or 25)
+        assert not {row.id for row in task.rows} & set(asked.ids)
+
+
+def test_peft_on_the_embedded_suite() -> None:
+    config = peft_config(vocab="", mixture="synthetic", max_instances_per_task=4)
+    vocab = data.mixture_vocab(config.data)
+    config.eval.max_rows_per_task = 100
+    with pytest.raises(UserError, match=r"none to train on; lower eval\.max_rows_per_task=100"):
+        data.load_peft_tasks(config, vocab)
+    config.eval.max_rows_per_task = 90
+    tasks = data.load_peft_tasks(config, vocab)
+    assert {tuple(row.id for row in task.rows) for task in tasks} == {("90", "91", "92", "93")}
+    assert {len(task.examples) for task in tasks} == {8}
+    splits = data.held_out_splits("synthetic")
+    assert data.splits_of(config) == dict.fromkeys(splits, "synthetic")
+    assert len(tasks) == 48
+    config.data.mixture, config.eval.mixture, config.eval.split = "sni", "synthetic", splits[1]
+    made = data.make_sampler(config, vocab, "parts")
+    assert made.names == tuple(task.name for task in tasks[24:])
+    assert made.batch(0)["targets"].any()
+
+
+def test_peft_without_rows_is_refused(sni_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = peft_config(sni_dir=str(sni_dir))
+    for most, message in [
+        (0, r"eval\.max_rows_per_task=0 judges every row"),
+        (8, r"task task4_e of split test: all its 8 rows .*; lower eval\.max_rows_per_task=8"),
+    ]:
+        config.eval.max_rows_per_task = most
+        with pytest.raises(UserError, match=message):
+            data.make_sampler(config, BYTES)
+    config.eval.max_rows_per_task = 5
+    monkeypatch.setattr("hyper_t5.tasks.super_ni.HELD_OUT", ("test", "dev"))
+    (sni_dir / "splits" / "default" / "dev_tasks.txt").write_text("task4_e\n")
+    with pytest.raises(UserError, match=r"two splits of sni have a task task4_e.*eval\.split"):
+        data.load_peft_tasks(config, BYTES)
+
+
+# ----------------------------------------------------------------------------- speed, threads
 
 
 def test_pipeline_outruns_training() -> None:
