@@ -50,8 +50,15 @@ def get_config(arg: str | None = None) -> ConfigDict:
         optimizer.name = "adafactor"
         optimizer.learning_rate = 1e-2 if args.stage == "hyperpretrain" else 1e-3
         train.steps = 500 if args.stage == "hyperpretrain" else 200
-    elif args.system.startswith("shared"):
+    elif args.system.startswith(("shared_", "task_")):
         optimizer.learning_rate = 1e-2
+    if args.system.startswith("task_"):
+        config.stage, config.adapter.task_slots = "peft", 128
+    if args.system == "hint":
+        config.adapter.prefix_sites, config.adapter.position_bias = ATTENTION_SITES, "zero"
+    config.adapter.bottleneck_sizes = (32,)
+    if args.system == "hyperdecoder":
+        config.adapter.bottleneck_activation, config.adapter.bottleneck_input = "relu", "raw"
     config.adapter.lora_rank, config.adapter.lora_alpha, config.adapter.lora_bias = 8, 8.0, True
     config.adapter.lora_targets = targets_of((*ATTENTION_SITES, *MLP_SITES), t5_config(config))
     config.adapter.prefix_length = 16

@@ -202,6 +202,8 @@ def start(config: ConfigDict) -> tuple[Model, Backbone, Tree, Tree]:
         if config.hypermodel.path and fresh:
             fresh = hand_over(config.hypermodel.path, fresh, backbone, BACKBONE not in trains)
         params[HYPERMODEL] = fresh
+    if not all(params[branch] for branch in trains):
+        raise UserError(f"system={config.system} as configured has nothing to train; take none")
     frozen = {k: v for k, v in params.items() if k not in trains}
     return model, backbone, {k: params[k] for k in trains}, frozen
 
