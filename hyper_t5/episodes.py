@@ -137,9 +137,9 @@ class EpisodeSampler:
         self._config = data_config
         self._vocab = vocab
         self._seed = seed % 2**63
-        self._concat, self._each_ends = layout == "concat", layout == "parts"
+        self._layout, self._concat = layout, layout == "concat"
         self._label = np.array(vocab.encode(INPUT_LABEL), np.int32)
-        self._shots = _shots(data_config.shots, data_config.use_instruction)
+        self._shots = _shots(data_config.shots, data_config.use_instruction, self._concat)
         self._tasks = [_tokenise(task, vocab, data_config) for task in tasks]
         self._row_examples: dict[tuple[int, int], np.ndarray] = {}
         rates = np.array([task.rate for task in tasks], np.float64)
@@ -213,7 +213,7 @@ class EpisodeSampler:
             c.hyper_length,
             c.get("on_long_instruction", "raise"),
             tokens.task.name,
-            self._each_ends,
+            self._layout,
         )
         self.stats["shown_examples"] += len(shown) - conditioning.dropped
         self.stats["dropped_examples"] += conditioning.dropped
@@ -256,7 +256,7 @@ class EpisodeSampler:
             if c.get("on_long_instruction", "raise") == "raise":
                 longest = max(tokens.instructions, key=len)
                 join_conditioning(longest, [], c.hyper_length, "raise", tokens.task.name)
-        elif not self._draw_shown(index, 1, np.random.default_rng(0)):
+        elif self._shots[1] and not self._draw_shown(index, 1, np.random.default_rng(0)):
             raise UserError(
                 f"task {tokens.task.name} has no example to show that fits "
                 f"data.hyper_length={c.hyper_length} and is not its only input; add Positive "
@@ -264,13 +264,15 @@ class EpisodeSampler:
             )
 
 
-def _shots(shots: Sequence[int], use_instruction: bool) -> tuple[int, int]:
-    """(fewest, most) examples shown; at least one where there is no instruction."""
+def _shots(shots: Sequence[int], use_instruction: bool, concat: bool) -> tuple[int, int]:
+    """(fewest, most) examples shown; at least one where nothing else says the task."""
     fewest, most = int(shots[0]), int(shots[1])
     if not 0 <= fewest <= most:
         raise UserError(
             f"data.shots={tuple(shots)} must be (fewest, most) with 0 <= fewest <= most"
         )
+    if concat and most == 0:
+        return 0, 0
     if not use_instruction and most == 0:
         raise UserError(
             "data.shots=(0, 0) with data.use_instruction=False leaves nothing to condition on"
@@ -284,10 +286,12 @@ def _concat_ids(
     """The 'concat' system's input: conditioning, "Input:", the row's input, EOS.
 
     The conditioning loses its EOS and nothing else, so that every system reads the same episode.
+    Of an empty one there is no label either.
     Only where both parts fill their lengths is there no room for the label; then the end of the
     input goes, which is the second value.
     """
-    joined = np.concatenate([conditioning[:-1], label, ids])
+    joined = np.concatenate([conditioning[:-1], label if len(conditioning) > 1 else [], ids])
+    joined = joined.astype(np.int32)
     if len(joined) <= length:
         return joined, False
     return np.append(joined[: length - 1], np.int32(EOS_ID)), True
@@ -360,7 +364,7 @@ def _eval_task(task: TaskRows, vocab: Vocabulary, config: Any, layout: str) -> E
         c.hyper_length,
         c.get("on_long_instruction", "raise"),
         task.name,
-        each_ends=layout == "parts",
+        layout,
     )
     wide = c.input_length + (c.hyper_length if concat else 0)
     label = np.array(vocab.encode(INPUT_LABEL), np.int32)

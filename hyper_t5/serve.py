@@ -49,7 +49,7 @@ def adapt(
         backbone.vocab,
         config.data.hyper_length,
         where=str(task),
-        each_ends=m.choice.layout == "parts",
+        layout=m.choice.layout,
     )
     number = model.task_number(m, Path(task).stem, model.tasks_of(workdir))
     meta = {
@@ -125,7 +125,7 @@ def predict(
     ids = []
     for row in rows:
         text = loaded[names.index(row["adapter"])].text
-        front = [*text[:-1], *label] if text else []
+        front = [*text[:-1], *label] if len(text) > 1 else []
         ids.append([*front, *base.vocab.encode(row["input"]), EOS_ID])
     # What reads the inputs has adapters of its own for each: no two share a batch.
     apart = any(task.model is not None for task in loaded)

@@ -273,7 +273,7 @@ def join_conditioning(
     max_len: int,
     on_long: OnLong = "raise",
     where: str = "the task",
-    each_ends: bool = False,
+    layout: str = "apart",
 ) -> Conditioning:
     """Joins encoded instruction and examples, dropping whole examples, last first, to fit.
 
@@ -284,12 +284,16 @@ def join_conditioning(
         on_long: what to do when the instruction alone (or, without one, the first example alone)
             does not fit: raise, or cut it.
         where: what errors call the task: its name or file.
-        each_ends: the instruction and each example end in an EOS of their own.
+        layout: one of LAYOUTS. With "parts" the instruction and each example end in an EOS of
+            their own; with "concat" there may be nothing but that EOS, for inputs that say their
+            task themselves.
 
     Raises:
         UserError: nothing to condition on, or over-long and `on_long` is 'raise'.
     """
-    if each_ends:  # between the parts; the last one's is the EOS that ends every conditioning
+    if layout == "concat" and not len(instruction) and not examples:
+        return Conditioning(np.array([EOS_ID], np.int32), 0, False)
+    if layout == "parts":  # between the parts; the last one's is the EOS that ends every conditioning
         alone = 0 if len(instruction) else 1
         ended = [np.append(np.int32(EOS_ID), ids) for ids in examples[alone:]]
         examples = [*examples[:alone], *ended]
@@ -325,9 +329,9 @@ def format_conditioning(
     max_len: int,
     on_long: OnLong = "raise",
     where: str = "the task",
-    each_ends: bool = False,
+    layout: str = "apart",
 ) -> tuple[np.ndarray, int]:
     """`join_conditioning` of texts: ([<= max_len] int32 ids ending in EOS, examples dropped)."""
     ids = vocab.encode(instruction.strip())
     shown = [vocab.encode(example_text(example)) for example in examples]
-    return join_conditioning(ids, shown, max_len, on_long, where, each_ends)[:2]
+    return join_conditioning(ids, shown, max_len, on_long, where, layout)[:2]

@@ -12,7 +12,7 @@ import pytest
 import runs
 
 from hyper_t5 import adapters as ad
-from hyper_t5 import checkpoint, evaluate, model, serve, weights
+from hyper_t5 import checkpoint, data, evaluate, model, serve, weights
 from hyper_t5.errors import UserError
 from hyper_t5.hypermodels import BACKBONE, SYSTEMS
 
@@ -164,3 +164,44 @@ def test_adapters_for_each_task_are_for_those_tasks(root: Path, tmp_path: Path) 
     config.adapter.task_slots = 0
     with pytest.raises(UserError, match=r"adapter.task_slots=0: task_lora keeps adapters for each"):
         runs.run(config, tmp_path / "run2")
+
+
+def test_inputs_may_say_their_task_themselves(root: Path, tmp_path: Path) -> None:
+    """A Hyperdecoder as published: GLUE in its text format, and no text in front of it."""
+    for split, rows in (("train", 4), ("validation", 3)):
+        for task in ("rte", "cola"):
+            names = ("sentence1", "sentence2") if task == "rte" else ("sentence",)
+            made = [
+                {**dict.fromkeys(names, f"a b {'cdef'[i]}"), "label": i % 2} for i in range(rows)
+            ]
+            file = tmp_path / "glue" / task / f"{split}.jsonl"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text("".join(json.dumps(row) + "\n" for row in made))
+    config = runs.make_config(
+        system="hyperdecoder",
+        backbone__path=str(root / "backbone"),
+        data__mixture="glue",
+        data__glue_dir=str(tmp_path / "glue"),
+        data__on_missing_task="skip",
+        data__use_instruction=False,
+        data__shots=(0, 0),
+        data__hyper_length=1,
+        data__input_length=40,
+        eval__shots=0,
+    )
+    batch = data.make_sampler(config, runs.vocabulary(), "concat").batch(0)
+    assert runs.vocabulary().decode(batch["inputs"][0, 0].tolist()).startswith(("rte sen", "cola"))
+    runs.run(config, tmp_path / "run")
+    report = evaluate.evaluate_workdir(tmp_path / "run")["splits"]["validation"]
+    assert report["rows"] == 6
+    (tmp_path / "any.json").write_text(json.dumps({"instruction": "not read", "examples": []}))
+    serve.adapt(tmp_path / "run", tmp_path / "any.json", tmp_path / "adapter")
+    (step,) = (tmp_path / "run" / "eval").iterdir()
+    expected = [json.loads(x) for x in (step / "predictions.jsonl").read_text().splitlines()]
+    given = tmp_path / "rows.jsonl"
+    given.write_text("".join(json.dumps({"input": row["input"]}) + "\n" for row in expected))
+    serve.predict(
+        root / "backbone", [tmp_path / "adapter"], given, tmp_path / "out", max_decode_length=4
+    )
+    made = [json.loads(line)["output"] for line in (tmp_path / "out").read_text().splitlines()]
+    assert made == [row["prediction"] for row in expected]
