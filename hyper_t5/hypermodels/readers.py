@@ -94,9 +94,10 @@ class LayerwiseReader(nn.Module):
 
 
 def mean_pool(states: Array, mask: Array) -> Array:
-    """[B, L, D] -> [B, D]: the mean over the positions where mask [B, L] is True."""
-    weights = mask.astype(states.dtype)[..., None]
-    return jnp.sum(states * weights, 1) / jnp.maximum(jnp.sum(weights, 1), 1)
+    """[B, L, D] -> [B, D]: the mean over the positions where mask [B, L] is True, in float32."""
+    weights = mask.astype(jnp.float32)[..., None]
+    mean = jnp.sum(states * weights, 1) / jnp.maximum(jnp.sum(weights, 1), 1)
+    return mean.astype(states.dtype)
 
 
 class QueryReader(nn.Module):
