@@ -196,10 +196,14 @@ def start(config: ConfigDict) -> tuple[Model, Backbone, Tree, Tree]:
     )
     model = build(config, backbone.sizes)
     params = {BACKBONE: jax.tree.map(jnp.asarray, backbone.params)}
+    if config.hypermodel.path and HYPERMODEL not in trains:
+        raise UserError(
+            f"hypermodel.path: system={config.system} trains no hypermodel; set it to ''"
+        )
     if model.hypermodel is not None:
         copied = backbone.params if config.hypermodel.init == "backbone" else None
         fresh = hypermodels.init_params(model.hypermodel, jax.random.key(config.seed), copied)
-        if config.hypermodel.path and fresh:
+        if config.hypermodel.path:
             fresh = hand_over(config.hypermodel.path, fresh, backbone, BACKBONE not in trains)
         params[HYPERMODEL] = fresh
     if not all(params[branch] for branch in trains):
@@ -221,14 +225,25 @@ def hand_over(path: str | Path, fresh: Tree, backbone: Backbone, frozen: bool = 
         digest=names.digest(backbone.params) if frozen else None,
         where=str(path),
     )
-    have, need = _shapes(found), _shapes(fresh)
+    check_hypermodel(found, fresh, str(path))
+    return jax.tree.map(jnp.asarray, found)
+
+
+def shapes_of_hypermodel(m: Model) -> Tree:
+    """The shapes that its parameters have."""
+    init = functools.partial(hypermodels.init_params, m.hypermodel)
+    return jax.eval_shape(init, jax.random.key(0))
+
+
+def check_hypermodel(found: Tree, wanted: Tree, where: str) -> None:
+    """UserError naming the first of a hypermodel's parameters that is not as wanted."""
+    have, need = _shapes(found), _shapes(wanted)
     for name in sorted(have.keys() | need.keys()):
         if have.get(name) != need.get(name):
             raise UserError(
-                f"{path}: {name} of its hypermodel is {have.get(name, 'not there')}, this run "
+                f"{where}: {name} of its hypermodel is {have.get(name, 'not there')}, this run "
                 f"needs {need.get(name, 'none')}; give the same system, reader and adapter sizes"
             )
-    return jax.tree.map(jnp.asarray, found)
 
 
 def _shapes(tree: Tree) -> dict[str, tuple[int, ...]]:
@@ -259,10 +274,8 @@ def load_run(folder: str | Path, overrides: Any = ()) -> tuple[ConfigDict, Model
     model = build(config, backbone.sizes)
     params = {BACKBONE: jax.tree.map(jnp.asarray, backbone.params)}
     if HYPERMODEL in trains and model.hypermodel is not None:
-        fresh = jax.eval_shape(
-            functools.partial(hypermodels.init_params, model.hypermodel), jax.random.key(0)
-        )
-        params[HYPERMODEL] = hand_over(folder, fresh, backbone, BACKBONE not in trains)
+        wanted = shapes_of_hypermodel(model)
+        params[HYPERMODEL] = hand_over(folder, wanted, backbone, BACKBONE not in trains)
     return config, model, backbone, params
 
 

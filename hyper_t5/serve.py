@@ -182,6 +182,7 @@ def _load(backbone: str | Path, adapters: Sequence[str | Path]) -> tuple[_Base, 
         if hyper is not None:
             config = config_lib.from_json(json.dumps(meta.get("config")), str(path))
             m = model.build(config, sizes)
+            model.check_hypermodel(hyper, model.shapes_of_hypermodel(m), str(path))
         tasks.append(_Task(loaded, meta, meta.get("text", []), m, hyper))
     return base, tasks
 
