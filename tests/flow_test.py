@@ -30,6 +30,7 @@ LAYERS = [
     ["weights", "export", "config"],
     ["workdir", "configs", "data"],
     ["model"],
+    ["cost"],
     ["train", "evaluate", "serve"],
     ["quickstart", "bench"],
     ["cli"],

@@ -1,0 +1,126 @@
+"""What a system costs: FLOPs as XLA counts them, numbers emitted, seconds of training.
+
+Everything but the seconds follows from shapes: no weight is allocated and nothing is run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from hyper_t5 import adapters as ad
+from hyper_t5 import hypermodels, metrics, model, t5
+from hyper_t5.hypermodels import BACKBONE, HYPERMODEL
+from hyper_t5.hypermodels.learned import Learned
+
+Tree = dict[str, Any]
+
+
+def flops(config: ConfigDict, sizes: t5.T5Config) -> dict[str, float]:
+    """Of ``config.system`` on a backbone of these sizes, at the full lengths of ``config.data``.
+
+    - ``per_task``: the hypermodel's run over one conditioning, made once for all of a task's
+      examples; 0 where none is read, or as part of every input.
+    - ``per_example``: a teacher-forced forward pass of one example, its adapters given: with the
+      text in front of the input where the system has it there, and with the hypermodel's run where
+      that is of the inputs themselves.
+    - ``concatenated``: the same of the plain backbone with the text in front, the yardstick.
+    """
+    m, d = _unrolled(config, sizes), config.data
+    params = _parameters(m)
+    wide, targets = d.hyper_length + d.input_length, _ids(1, d.target_length)
+
+    def example(backbone: Tree, adapters: Any, inputs: Any, targets: Any) -> jax.Array:
+        return t5.T5(m.sizes).apply({"params": backbone}, inputs, targets, adapters)
+
+    def count_example(adapters: Any, length: int) -> float:
+        return count(example, params[BACKBONE], adapters, _ids(1, length), targets)
+
+    found = {"per_task": 0.0, "per_example": 0.0, "concatenated": count_example(None, wide)}
+    if m.choice.reads == "input":
+        batch = {"hyper_inputs": _ids(1, 1), "tasks": _ids(1), "inputs": _ids(1, 1, wide)}
+        batch["targets"] = _ids(1, 1, d.target_length)
+        return found | {"per_example": count(m.logits, params, batch)}
+    if m.hypermodel is not None and not isinstance(m.hypermodel, Learned):
+        found["per_task"] = count(m.adapters, params, *_conditioning(m, config))
+    length = wide if m.choice.layout == "concat" else d.input_length
+    return found | {"per_example": count_example(_emitted(m, params, config), length)}
+
+
+def count(function: Callable[..., Any], *shapes: Any) -> float:
+    """FLOPs of a function of arrays of these shapes, by XLA's analysis of its program.
+
+    Of the program as it is given to the compiler: what the compilers of the devices make of it is
+    counted differently (a GPU's hides products in calls), and takes a minute for a large backbone.
+    """
+    return float((jax.jit(function).lower(*shapes).cost_analysis() or {}).get("flops", 0.0))
+
+
+def generated_parameters(m: model.Model, config: ConfigDict) -> int:
+    """How many numbers the adapters of one task (or one input, where it reads those) have."""
+    emitted = _emitted(m, _parameters(m), config)
+    return 0 if emitted is None else ad.parameters_per_task(emitted)
+
+
+def training_seconds(workdir: str | Path) -> float | None:
+    """How long a run was trained, by its metrics.jsonl; None where it has none.
+
+    A run that went on from a checkpoint counts from 0 again: the parts are added.
+    """
+    path = Path(workdir) / metrics.JSONL
+    if not path.is_file():
+        return None
+    total, last, written = 0.0, 0.0, -float("inf")
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            values = json.loads(line)
+            seconds, now = float(values["seconds"]), float(values["time"])
+        except (ValueError, TypeError, KeyError):  # cut off by a kill
+            continue
+        # Started after the line before it was written; both are rounded.
+        if now - seconds > written - 1e-2:
+            total, last = total + last, 0.0
+        last, written = seconds, now
+    return total + last
+
+
+def _unrolled(config: ConfigDict, sizes: t5.T5Config) -> model.Model:
+    """The system with no loop over layers, of which XLA would count the body once, and no casts."""
+    layers = max(sizes.num_encoder_layers, sizes.num_decoder_layers)
+    sizes = dataclasses.replace(sizes, scan_unroll=layers, remat="none", dtype="float32")
+    return model.build(config, sizes)
+
+
+def _parameters(m: model.Model) -> Tree:
+    """Shapes of the backbone's and the hypermodel's parameters."""
+    key = jax.random.key(0)
+    made = {BACKBONE: jax.eval_shape(functools.partial(t5.init_params, m.sizes), key)}
+    if m.hypermodel is not None:
+        init = functools.partial(hypermodels.init_params, m.hypermodel)
+        made[HYPERMODEL] = jax.eval_shape(init, key)
+    return made
+
+
+def _ids(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+
+def _conditioning(m: model.Model, config: ConfigDict) -> tuple[Any, Any]:
+    """What a hypermodel is given of one task: ids [1, L] and its number [1]."""
+    length = config.data.hyper_length
+    if m.choice.reads == "input":
+        length += config.data.input_length
+    return _ids(1, length), _ids(1)
+
+
+def _emitted(m: model.Model, params: Tree, config: ConfigDict) -> ad.Adapters | None:
+    """Shapes of the adapters of one task."""
+    return jax.eval_shape(m.adapters, params, *_conditioning(m, config))

@@ -1,0 +1,201 @@
+"""Costs: XLA's counts against counts by hand, of every system, and without weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from ml_collections import ConfigDict
+
+from hyper_t5 import adapters as ad
+from hyper_t5 import config as config_lib
+from hyper_t5 import cost, hypermodels, metrics, model, t5
+from hyper_t5.hypermodels import SYSTEMS
+
+HYPER, INPUT, TARGET = 72, 8, 6
+SIZES = t5.T5Config(
+    vocab_size=800,
+    emb_dim=96,
+    num_heads=4,
+    head_dim=16,
+    mlp_dim=256,
+    num_encoder_layers=2,
+    num_decoder_layers=3,
+)
+GATED: dict[str, Any] = {}
+PLAIN: dict[str, Any] = {"mlp_activations": ("relu",), "logits_via_embedding": True}
+
+
+def make_config(system: str, **fields: Any) -> ConfigDict:
+    """A field's dot is written as two underscores."""
+    config = config_lib.defaults()
+    config.system = system
+    config.data.update(hyper_length=HYPER, input_length=INPUT, target_length=TARGET)
+    config.adapter.update(task_slots=5, bottleneck_sizes=(16,), lora_rank=8, prefix_length=10)
+    if system == "hint":
+        config.adapter.update(prefix_sites=ad.ATTENTION_SITES, position_bias="zero")
+    for field, value in fields.items():
+        section, _, name = field.partition("__")
+        config[section][name] = value
+    return config
+
+
+def by_hand(c: t5.T5Config, length: int) -> float:
+    """Twice the multiply-adds of a T5's matrices and of its attention, for one example."""
+    joined, kernels = c.num_heads * c.head_dim, len(c.mlp_activations) + 1
+    attention, mlp = 4 * c.emb_dim * joined, kernels * c.emb_dim * c.mlp_dim
+    encoder = length * (attention + mlp) + 2 * length * length * joined
+    decoder = TARGET * (attention + mlp) + 2 * TARGET * TARGET * joined
+    cross = (2 * TARGET + 2 * length) * c.emb_dim * joined + 2 * TARGET * length * joined
+    layers = c.num_encoder_layers * encoder + c.num_decoder_layers * (decoder + cross)
+    return 2.0 * (layers + TARGET * c.emb_dim * c.vocab_size)
+
+
+@functools.cache
+def flops(system: str) -> dict[str, float]:
+    return cost.flops(make_config(system), SIZES)
+
+
+@pytest.mark.parametrize("changes", [GATED, PLAIN, {"num_encoder_layers": 5, "dtype": "bfloat16"}])
+def test_a_t5_by_hand(changes: dict[str, Any]) -> None:
+    sizes = dataclasses.replace(SIZES, **changes)
+    found = cost.flops(make_config("none"), sizes)
+    assert found["per_example"] == pytest.approx(by_hand(sizes, INPUT), rel=0.03)
+    assert found["concatenated"] == pytest.approx(by_hand(sizes, HYPER + INPUT), rel=0.03)
+    assert found["per_task"] == 0
+
+
+@pytest.mark.parametrize("system", ["hyper_prefix", "cached"])
+def test_every_layer_is_counted(system: str) -> None:
+    """XLA counts the body of a loop once: of the backbone, and of the hypermodel's reader."""
+
+    def layers(count: int) -> dict[str, float]:
+        both = {"num_encoder_layers": count, "num_decoder_layers": count}
+        sizes = dataclasses.replace(SIZES, **both, vocab_size=2)
+        return cost.flops(make_config(system), sizes)
+
+    two, four = layers(2), layers(4)
+    for name, value in four.items():
+        assert value == pytest.approx(2 * two[name], rel=0.03)
+
+
+def ids(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+
+def parameters(m: model.Model) -> dict[str, Any]:
+    """Shapes of them."""
+
+    def make() -> dict[str, Any]:
+        made = {"backbone": t5.init_params(m.sizes, jax.random.key(0))}
+        if m.hypermodel is not None:
+            made["hypermodel"] = hypermodels.init_params(m.hypermodel, jax.random.key(1))
+        return made
+
+    return jax.eval_shape(make)
+
+
+def test_what_a_compiler_makes_of_it_counts_the_same() -> None:
+    m = model.build(make_config("none"), dataclasses.replace(SIZES, scan_unroll=3))
+    batch = {"hyper_inputs": ids(1, 1), "tasks": ids(1)}
+    batch |= {"inputs": ids(1, 1, INPUT), "targets": ids(1, 1, TARGET)}
+    compiled = jax.jit(m.logits).lower(parameters(m), batch).compile().cost_analysis()
+    assert compiled is not None
+    assert flops("none")["per_example"] == pytest.approx(compiled["flops"], rel=0.01)
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_every_system(system: str) -> None:
+    found, plain = flops(system), flops("none")
+    assert found["concatenated"] == plain["concatenated"] > 4 * plain["per_example"]
+    layout, reads = SYSTEMS[system].layout, SYSTEMS[system].reads
+    learned = system.startswith(("shared_", "task_"))
+    # At least an encoder's run over the text, where there is one.
+    encoder = HYPER * SIZES.num_encoder_layers * (4 * 96 * 64 + 3 * 96 * 256) * 2
+    read = not learned and layout != "concat" and system != "none"
+    assert found["per_task"] > encoder if read else found["per_task"] == 0
+    if layout == "concat":
+        extra = 0 if system == "concat" else 0.01 * plain["concatenated"]
+        assert found["per_example"] - plain["concatenated"] >= extra
+        assert found["per_example"] < 1.15 * plain["concatenated"]
+    else:
+        assert (found["per_example"] > plain["per_example"]) == (system != "none")
+        assert found["per_example"] < 0.5 * plain["concatenated"]
+    assert (reads == "input") == (system == "hyperdecoder")
+
+
+def test_given_adapters_by_hand() -> None:
+    """What each kind adds to an example, as multiply-adds, twice."""
+    base, layers = flops("none")["per_example"], INPUT * 2 + TARGET * 3
+    width, joined = 96, 64
+
+    def added(system: str, **fields: Any) -> float:
+        if not fields:
+            return flops(system)["per_example"] - base
+        return cost.flops(make_config(system, **fields), SIZES)["per_example"] - base
+
+    targets = ("enc_self.query", "dec_mlp.wo")
+    lora = INPUT * 2 * (width + joined) + TARGET * 3 * (256 + width)
+    found = added("shared_lora", adapter__lora_targets=targets)
+    assert found == pytest.approx(2 * 8 * lora, rel=0.15)
+    bottleneck = 2 * layers * 2 * width * 16
+    assert added("task_bottleneck") == pytest.approx(bottleneck, rel=0.15)
+    # Softmax and bias are no multiply-adds, and of an attention this small a third.
+    prefix = 2 * layers * 2 * joined * 10
+    assert prefix < added("shared_prefix") < 1.6 * prefix
+    # Keys and values of the memory, in each layer of the decoder; then as a prefix.
+    memory = 2 * 3 * (HYPER * 2 * width * joined + TARGET * HYPER * 2 * joined)
+    assert added("fid_icl") == pytest.approx(memory, rel=0.05)
+
+
+def test_nothing_is_allocated() -> None:
+    found = cost.flops(make_config("hyper_prefix"), dataclasses.replace(SIZES, vocab_size=10**9))
+    assert found["per_example"] > 2 * TARGET * 96 * 1e9  # of an embedding of 384 GB
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_generated_parameters_are_those_that_it_emits(system: str) -> None:
+    config = make_config(system, data__hyper_length=5, data__input_length=3)
+    m = model.build(config, SIZES)
+    length = 8 if system == "hyperdecoder" else 5
+    made = jax.eval_shape(m.adapters, parameters(m), ids(2, length), ids(2))
+    if system in ("none", "concat"):
+        assert made is None
+        assert cost.generated_parameters(m, config) == 0
+        return
+    numbers = sum(x.size for x in jax.tree.leaves(made) if x.dtype != bool)
+    assert 2 * cost.generated_parameters(m, config) == numbers > 0
+    if system == "shared_prefix":  # encoder's self-attention and decoder's cross-attention
+        assert numbers == 2 * (2 + 3) * 2 * 10 * 64
+
+
+# ------------------------------------------------------------------------------------- seconds
+
+
+def write(folder: Path, *lines: tuple[float, float]) -> Path:
+    """A metrics.jsonl of (time, seconds)."""
+    made = [json.dumps({"step": i, "time": t, "seconds": s}) for i, (t, s) in enumerate(lines)]
+    (folder / metrics.JSONL).write_text("\n".join(made) + "\n")
+    return folder
+
+
+def test_training_seconds_of_all_parts(tmp_path: Path) -> None:
+    assert cost.training_seconds(tmp_path) is None
+    assert cost.training_seconds(write(tmp_path, (105, 5), (110, 10))) == 10
+    # Started again at 120, then at 200: also where its first line comes later than the last one's.
+    parts = [(105, 5), (110, 10), (123, 3), (250, 50), (260, 60)]
+    assert cost.training_seconds(write(tmp_path, *parts)) == 10 + 3 + 60
+    # Rounding, and a clock that was put forward by 4 s: one part.
+    assert cost.training_seconds(write(tmp_path, (105, 5), (114.001, 10), (119, 15))) == 15
+    # A line that a kill cut, and one of another kind.
+    with (tmp_path / metrics.JSONL).open("a") as file:
+        file.write('[3]\n{"step": 9}\n{"step": 3, "ti')
+    assert cost.training_seconds(tmp_path) == 15
+    write(tmp_path)
+    assert cost.training_seconds(tmp_path) == 0
