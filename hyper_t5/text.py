@@ -1,8 +1,9 @@
-"""Plain text -> chunks of tokens -> CACLM batches. No TensorFlow here.
+"""Plain text -> chunks of tokens -> batches of their parts. No TensorFlow here.
 
 CACLM (context-augmented conditional language modelling, Phang et al., HyperTuning, ICML 2023): a
 chunk of text is cut in four contiguous segments A B C D; the hypermodel reads A and D, the backbone
-reads B and predicts C.
+reads B and predicts C. HINT's split (Ivison et al., ACL 2023) is in three: the hypermodel reads the
+first part, the backbone the second, and it predicts the third. `data.text_split` chooses.
 
 The text is tokenised once into a flat array on disk, so that any chunk is one slice away and batch
 s is a function of (seed, s).
@@ -10,6 +11,7 @@ s is a function of (seed, s).
 
 from __future__ import annotations
 
+import functools
 import glob
 import hashlib
 import json
@@ -18,7 +20,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -326,7 +328,27 @@ def _cut_documents(offsets: np.ndarray, length: int) -> tuple[np.ndarray, np.nda
     return np.array(starts, np.int64), np.array(ends, np.int64)
 
 
-# ------------------------------------------------------------------------------------ CACLM
+# --------------------------------------------------------------------- the parts of a chunk
+
+# (hyper_inputs, inputs, targets) of a chunk: 1-D, every part of it ending in EOS.
+Split = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def splitter_of(data_config: Any) -> Callable[[np.ndarray, np.random.Generator], Split]:
+    """What cuts a chunk as `data.text_split` says.
+
+    Raises:
+        UserError: as `SegmentRule.of` or `three_way_lengths`.
+    """
+    how = data_config.get("text_split", "caclm")
+    if how == "caclm":
+        return functools.partial(caclm_split, rule=SegmentRule.of(data_config))
+    assert how == "three_way", how
+    return functools.partial(three_way_split, most=three_way_lengths(data_config))
+
+
+def _ended(*parts: np.ndarray) -> np.ndarray:
+    return np.concatenate([ids for part in parts for ids in (part, [EOS_ID])])
 
 
 @dataclass(frozen=True)
@@ -382,10 +404,12 @@ class SegmentRule:
         )
 
 
-def caclm_split(
-    chunk: np.ndarray, rng: np.random.Generator, rule: SegmentRule
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Cuts a chunk of at least 4 tokens in A, B, C, D: contiguous, none empty, nothing lost."""
+def caclm_split(chunk: np.ndarray, rng: np.random.Generator, rule: SegmentRule) -> Split:
+    """Cuts a chunk of at least 4 tokens in A, B, C, D: contiguous, none empty, nothing lost.
+
+    Returns:
+        A EOS D EOS, B EOS, C EOS.
+    """
     n = len(chunk)
     b_most, c_most = rule.most(n)
     need = n - rule.ad_most  # B and C together must leave no more than A and D hold
@@ -393,21 +417,58 @@ def caclm_split(
     c = int(rng.integers(max(1, (c_most + 1) // 2, need - b), c_most + 1))
     a = int(rng.integers(1, n - b - c))
     first, second, third = a, a + b, a + b + c
-    return chunk[:first], chunk[first:second], chunk[second:third], chunk[third:]
+    context = _ended(chunk[:first], chunk[third:])
+    return context, _ended(chunk[first:second]), _ended(chunk[second:third])
+
+
+def three_way_lengths(data_config: Any) -> tuple[int, int, int]:
+    """The most tokens of each of the three parts.
+
+    Raises:
+        UserError: a chunk of up to `data.chunk_length` cannot fit.
+    """
+    c = data_config
+    most = (c.hyper_length - 1, c.input_length - 1, c.target_length - 1)
+    if c.chunk_length < MIN_CHUNK or min(most) < 1 or c.chunk_length > sum(most):
+        raise UserError(
+            f"data.chunk_length={c.chunk_length} does not fit: its three parts hold {most[0]}, "
+            f"{most[1]} and {most[2]} tokens (data.hyper_length, data.input_length, "
+            f"data.target_length), and a chunk needs {MIN_CHUNK}"
+        )
+    return most
+
+
+def three_way_split(
+    chunk: np.ndarray, rng: np.random.Generator, most: tuple[int, int, int]
+) -> Split:
+    """Cuts a chunk of at least 3 tokens at two different points, each pair of them as likely.
+
+    So none of the three parts is empty. Where one would have more tokens than `most`, which
+    together hold the chunk, the points are moved no further than is needed.
+
+    Returns:
+        The parts, EOS after each.
+    """
+    n = len(chunk)
+    first, second = np.sort(rng.choice(n - 1, 2, replace=False)) + 1
+    # The first only as far as the other two parts need, then the second between its neighbours.
+    first = np.clip(first, max(1, n - most[1] - most[2]), min(most[0], n - 2))
+    second = np.clip(second, max(first + 1, n - most[2]), min(first + most[1], n - 1))
+    return _ended(chunk[:first]), _ended(chunk[first:second]), _ended(chunk[second:])
 
 
 class TextSampler:
     """Hyperpretraining batches: T chunks, each an episode with G = 1.
 
-    hyper_inputs = A EOS D EOS, inputs = B EOS, targets = C EOS, in layout "parts" too: A and D end
-    in EOS anyway. With "concat", for a backbone that is trained to read it all itself: hyper_inputs
-    = EOS alone and inputs = A EOS D EOS B EOS, the other layout's two parts one after the other,
-    which is the order that episodes have too.
+    hyper_inputs, inputs and targets are as `data.text_split` has them, in layout "parts" too: every
+    part ends in EOS anyway. With "concat", for a backbone that is trained to read it all itself:
+    hyper_inputs = EOS alone and inputs = the other layout's hyper_inputs and inputs one after the
+    other, which is the order that episodes have too.
 
     `stats` counts chunks and tokens.
 
     Raises:
-        UserError: as `SegmentRule.of`.
+        UserError: as `splitter_of`.
     """
 
     def __init__(
@@ -420,7 +481,7 @@ class TextSampler:
         self._config = data_config
         self._seed = seed % 2**63
         self._concat = layout == "concat"
-        self._rule = SegmentRule.of(data_config)
+        self._split = splitter_of(data_config)
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
         """Batch `step`: hyper_inputs [T, Lh], inputs [T, 1, Li], targets [T, 1, Lt], tasks [T].
@@ -436,14 +497,12 @@ class TextSampler:
         targets = np.zeros((count, 1, c.target_length), np.int32)
         for slot, chunk in enumerate(self._chunks.chunks(step * count, count)):
             rng = np.random.default_rng([self._seed, 2, step, slot])
-            a, b, c_part, d = caclm_split(chunk, rng, self._rule)
-            context = np.concatenate([a, [EOS_ID], d, [EOS_ID]])
-            read = np.append(b, EOS_ID)
+            context, read, target = self._split(chunk, rng)
             if self._concat:
                 context, read = np.array([EOS_ID]), np.concatenate([context, read])
             hyper[slot, : len(context)] = context
             inputs[slot, 0, : len(read)] = read
-            targets[slot, 0, : len(c_part) + 1] = np.append(c_part, EOS_ID)
+            targets[slot, 0, : len(target)] = target
             self.stats["tokens"] += len(chunk)
         self.stats["chunks"] += count
         tasks = np.zeros(count, np.int32)

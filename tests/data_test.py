@@ -108,12 +108,16 @@ def sampler(tasks: list[TaskRows], seed: int = 0, layout: str = "apart", **field
     return data.EpisodeSampler(tasks, BYTES, make_config(**fields).data, seed, layout)
 
 
-def ended_parts(ids: np.ndarray) -> list[str]:
-    """The texts of a padded row's parts, each of which ends in EOS."""
+def at_eos(ids: np.ndarray) -> list[np.ndarray]:
+    """A padded row's parts, each of which ends in EOS, without it."""
     ids = ids[: np.count_nonzero(ids)]
     assert ids[-1] == EOS_ID
     parts = np.split(ids, np.flatnonzero(ids == EOS_ID) + 1)[:-1]
-    return [BYTES.decode(part[:-1]) for part in parts]
+    return [part[:-1] for part in parts]
+
+
+def ended_parts(ids: np.ndarray) -> list[str]:
+    return [BYTES.decode(part) for part in at_eos(ids)]
 
 
 # ---------------------------------------------------------------------------- task files
@@ -238,15 +242,15 @@ def test_parts_end_in_an_eos_each_and_none_is_cut() -> None:
         sizes = [len(BYTES.encode(text)) + 1 for text in texts]
         for length in range(sum(sizes), sizes[0] - 1, -1):
             fit = int(np.sum(np.cumsum(sizes) <= length))
-            ids, dropped = format_conditioning(instruction, examples, BYTES, length, each_ends=True)
+            ids, dropped = format_conditioning(instruction, examples, BYTES, length, layout="parts")
             assert ended_parts(ids) == texts[:fit]
             assert dropped == len(texts) - fit
     cut, dropped = format_conditioning(
-        "Count.", examples, BYTES, 6, on_long="truncate", each_ends=True
+        "Count.", examples, BYTES, 6, on_long="truncate", layout="parts"
     )
     assert (ended_parts(cut), dropped) == (["Count"], 3)
     with pytest.raises(UserError, match="the first example alone is 21 tokens"):
-        format_conditioning("", examples, BYTES, 21, each_ends=True)
+        format_conditioning("", examples, BYTES, 21, layout="parts")
 
 
 # ------------------------------------------------------------------------------ episodes
@@ -751,15 +755,23 @@ def test_bad_lines_name_file_line_and_field(tmp_path: Path) -> None:
         list(text.read_documents(tmp_path / "c.txt"))
 
 
+def caclm_segments(
+    n: int, rng: np.random.Generator, rule: text.SegmentRule
+) -> tuple[np.ndarray, ...]:
+    """A, B, C, D of a chunk 2, 3, ..., n + 1."""
+    context, read, target = map(at_eos, text.caclm_split(np.arange(n) + 2, rng, rule))
+    (a, d), (b,), (c,) = context, read, target
+    return a, b, c, d
+
+
 def test_caclm_segments_join_back() -> None:
     config = make_config(input_length=20, target_length=15, hyper_length=40, chunk_length=64)
     rule = text.SegmentRule.of(config.data)
     rng = np.random.default_rng(0)
     lengths = []
     for n in [*range(text.MIN_CHUNK, 65)] * 20:
-        chunk = np.arange(n)
-        parts = text.caclm_split(chunk, rng, rule)
-        np.testing.assert_array_equal(np.concatenate(parts), chunk)
+        parts = caclm_segments(n, rng, rule)
+        np.testing.assert_array_equal(np.concatenate(parts), np.arange(n) + 2)
         a, b, c, d = map(len, parts)
         assert min(a, b, c, d) > 0
         assert a + d + 2 <= 40
@@ -778,7 +790,7 @@ def test_caclm_segments_join_back() -> None:
             except UserError:
                 continue
             for n in range(text.MIN_CHUNK, 65):
-                parts = text.caclm_split(np.arange(n), rng, rule)
+                parts = caclm_segments(n, rng, rule)
                 assert len(parts[0]) + len(parts[3]) <= hyper - 2
     for fields in (
         {"hyper_length": 20},
@@ -789,6 +801,94 @@ def test_caclm_segments_join_back() -> None:
     ):
         with pytest.raises(UserError, match=r"data\.(chunk_length|segment_shares)"):
             text.SegmentRule.of(make_config(**fields).data)
+
+
+def three_way_cuts(n: int, rng: np.random.Generator, most: tuple[int, int, int]) -> tuple[int, int]:
+    """The two cuts of a chunk 2, 3, ..., n + 1, after a look at the parts."""
+    chunk = np.arange(n) + 2
+    split = [at_eos(part) for part in text.three_way_split(chunk, rng, most)]
+    assert [len(part) for part in split] == [1, 1, 1]
+    hyper, read, target = (part[0] for part in split)
+    np.testing.assert_array_equal(np.concatenate([hyper, read, target]), chunk)
+    assert all(0 < len(p) <= m for p, m in zip((hyper, read, target), most, strict=True))
+    return len(hyper), len(hyper) + len(read)
+
+
+def test_three_way_cuts_are_uniform_where_lengths_leave_them() -> None:
+    rng, n, draws = np.random.default_rng(0), 12, 5500
+    pairs = list(itertools.combinations(range(1, n), 2))
+    counts = dict.fromkeys(pairs, 0)
+    for _ in range(draws):
+        counts[three_way_cuts(n, rng, (n, n, n))] += 1
+    expected = draws / len(pairs)
+    chi_square = sum((count - expected) ** 2 / expected for count in counts.values())
+    freedom = len(pairs) - 1
+    assert abs(chi_square - freedom) < 4 * (2 * freedom) ** 0.5
+    assert three_way_cuts(3, rng, (1, 1, 1)) == (1, 2)
+
+
+def test_three_way_cuts_move_no_further_than_they_must() -> None:
+    sizes = (1, 3, 7, 16, 24)
+    for n in (text.MIN_CHUNK, 19, 24):
+        pairs = list(itertools.combinations(range(1, n), 2))
+        for most in [(h, i, t) for h in sizes for i in sizes for t in sizes]:
+            if sum(most) < n:
+                continue
+            fit = [
+                (s, t) for s, t in pairs if s <= most[0] and t - s <= most[1] and n - t <= most[2]
+            ]
+            for seed in range(3):
+                free = three_way_cuts(n, np.random.default_rng(seed), (n, n, n))
+                cuts = three_way_cuts(n, np.random.default_rng(seed), most)
+                moved = [abs(free[0] - s) + abs(free[1] - t) for s, t in fit]
+                assert abs(free[0] - cuts[0]) + abs(free[1] - cuts[1]) == min(moved)
+
+
+def test_three_way_chunks_must_fit() -> None:
+    fields: dict[str, Any] = {"text_split": "three_way", "chunk_length": 64}
+    lengths = {"hyper_length": 40, "input_length": 16, "target_length": 11}
+    text.splitter_of(make_config(**fields, **lengths).data)
+    for worse in ({"target_length": 10}, {"chunk_length": 65}, {"hyper_length": 1}):
+        with pytest.raises(UserError, match=r"data\.chunk_length=6[45] does not fit: its three"):
+            text.splitter_of(make_config(**{**fields, **lengths, **worse}).data)
+    with pytest.raises(UserError, match=r"data\.chunk_length=15 .* a chunk needs 16"):
+        text.splitter_of(make_config(**{**fields, "chunk_length": 15}).data)
+    with pytest.raises(AssertionError, match="four_way"):
+        text.splitter_of(make_config(text_split="four_way").data)
+
+
+def test_three_way_batches(tmp_path: Path) -> None:
+    path = write_text(tmp_path / "a.jsonl", DOCUMENTS)
+    fields: dict[str, Any] = {"text_split": "three_way", "cache_dir": str(tmp_path / "cache")}
+    config = text_config(path, **fields)
+    made, again, joined, parts = (
+        data.make_sampler(config, BYTES, layout) for layout in ("apart", "apart", "concat", "parts")
+    )
+    other = text_config(path, **fields)
+    other.seed = 4
+    first = [made.batch(step) for step in range(8)]
+    assert np.any(data.make_sampler(other, BYTES).batch(0)["inputs"] != first[0]["inputs"])
+    assert {key: value.shape for key, value in first[0].items()} == {
+        "tasks": (3,),
+        "hyper_inputs": (3, 60),
+        "inputs": (3, 1, 20),
+        "targets": (3, 1, 20),
+    }
+    for step in reversed(range(8)):
+        repeated, whole, ended = again.batch(step), joined.batch(step), parts.batch(step)
+        for key, value in first[step].items():
+            np.testing.assert_array_equal(value, repeated[key])
+            np.testing.assert_array_equal(value, ended[key])
+        np.testing.assert_array_equal(whole["targets"], first[step]["targets"])
+        assert whole["hyper_inputs"].tolist() == [[EOS_ID]] * 3
+        for slot in range(3):
+            (hyper,), (read,), (target,) = (
+                ended_parts(first[step][key][slot].reshape(-1))
+                for key in ("hyper_inputs", "inputs", "targets")
+            )
+            assert min(map(len, (hyper, read, target))) > 0
+            assert any(hyper + read + target in document for document in DOCUMENTS[1:])
+            assert ended_parts(whole["inputs"][slot, 0]) == [hyper, read]
 
 
 def test_text_batches_are_pure_and_are_of_the_documents(tmp_path: Path) -> None:
