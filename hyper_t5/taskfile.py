@@ -293,7 +293,8 @@ def join_conditioning(
     """
     if layout == "concat" and not len(instruction) and not examples:
         return Conditioning(np.array([EOS_ID], np.int32), 0, False)
-    if layout == "parts":  # between the parts; the last one's is the EOS that ends every conditioning
+    if layout == "parts":
+        # Between the parts; the last one's is the EOS that ends every conditioning.
         alone = 0 if len(instruction) else 1
         ended = [np.append(np.int32(EOS_ID), ids) for ids in examples[alone:]]
         examples = [*examples[:alone], *ended]

@@ -848,7 +848,11 @@ def test_three_way_chunks_must_fit() -> None:
     fields: dict[str, Any] = {"text_split": "three_way", "chunk_length": 64}
     lengths = {"hyper_length": 40, "input_length": 16, "target_length": 11}
     text.splitter_of(make_config(**fields, **lengths).data)
-    for worse in ({"target_length": 10}, {"chunk_length": 65}, {"hyper_length": 1}):
+    for worse in (
+        {"target_length": 10},
+        {"chunk_length": 65},
+        {"input_length": 1, "hyper_length": 100},
+    ):
         with pytest.raises(UserError, match=r"data\.chunk_length=6[45] does not fit: its three"):
             text.splitter_of(make_config(**{**fields, **lengths, **worse}).data)
     with pytest.raises(UserError, match=r"data\.chunk_length=15 .* a chunk needs 16"):
