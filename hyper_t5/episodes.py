@@ -32,6 +32,12 @@ from hyper_t5.vocab import EOS_ID, Vocabulary
 
 Batch = dict[str, np.ndarray]
 
+
+def real_tokens(batch: Batch) -> int:
+    """How many ids of a batch are no padding."""
+    return sum(int(np.count_nonzero(x)) for name, x in batch.items() if name != "tasks")
+
+
 # --------------------------------------------------------------------------------- tokenised
 
 

@@ -143,7 +143,7 @@ def train(config: ConfigDict, folder: str | Path) -> dict[str, float]:
             state, sums = step(state, frozen, batch, key)
             progress.count(
                 batch["targets"].shape[0] * batch["targets"].shape[1],
-                sum(int(np.count_nonzero(x)) for x in batch.values()),
+                data.real_tokens(batch),
             )
             # Sums are fetched only when a line is due, so that the device never waits for the host.
             waiting.append((index + 1, sums))

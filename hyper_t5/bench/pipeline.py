@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from time import perf_counter
 
-import numpy as np
 from ml_collections import ConfigDict
 
 from hyper_t5 import config as config_lib
@@ -62,7 +61,7 @@ def _add(result: measure.Result, what: str, config: ConfigDict, options: Options
         for _ in range(count):
             batch = sampler.batch(made["batches"])
             made["batches"] += 1
-            made["tokens"] += sum(int(np.count_nonzero(ids)) for ids in batch.values())
+            made["tokens"] += data_lib.real_tokens(batch)
 
     seconds = measure.in_turns({PIPELINE: make, STEP: step}, 2 if options.tiny else 5)
     tokens, tasks = made["tokens"] / made["batches"], config.data.tasks_per_batch
