@@ -12,11 +12,11 @@ import importlib
 import queue
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
-from hyper_t5.episodes import Batch, EpisodeSampler, EvalTask, eval_episodes
+from hyper_t5.episodes import Batch, EpisodeSampler, EvalTask, eval_episodes, real_tokens
 from hyper_t5.errors import UserError
 from hyper_t5.taskfile import LAYOUTS, Row, TaskRows, format_conditioning, text_key
 from hyper_t5.text import TextSampler
@@ -33,6 +33,7 @@ __all__ = [
     "TaskRows",
     "TextSampler",
     "eval_episodes",
+    "extra_metrics",
     "format_conditioning",
     "held_out_splits",
     "load_peft_tasks",
@@ -40,6 +41,7 @@ __all__ = [
     "make_sampler",
     "mixture_vocab",
     "prefetch",
+    "real_tokens",
     "splits_of",
     "train_batches",
 ]
@@ -47,7 +49,7 @@ __all__ = [
 # data.mixture -> the module of SeqIO Tasks that knows it. Such a module has
 # `register(data_config, split, vocab) -> name of a seqio.Mixture`, every Task's source has
 # `task_rows() -> TaskRows`; HELD_OUT names the splits to evaluate on. A mixture with a vocabulary
-# of its own has its path as VOCAB_FILE.
+# of its own has its path as VOCAB_FILE, one with metrics of its own the function `extra_metrics`.
 # A new dataset is one file in tasks/ and one line here.
 MIXTURES = {
     "synthetic": "hyper_t5.tasks.synthetic",
@@ -114,6 +116,13 @@ def load_tasks(mixture: str, data_config: Any, split: str, vocab: Vocabulary) ->
 def held_out_splits(mixture: str) -> tuple[str, ...]:
     """The splits of a mixture that evaluation is on."""
     return _module(mixture).HELD_OUT
+
+
+def extra_metrics(
+    mixture: str,
+) -> Callable[[str, Sequence[str], Sequence[Sequence[str]]], dict[str, float]]:
+    """(task, predictions, references) -> metrics of a mixture's own, 0..100; mostly it has none."""
+    return getattr(_module(mixture), "extra_metrics", lambda *_: {})
 
 
 def splits_of(config: Any) -> dict[str, str]:
