@@ -6,14 +6,23 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import gzip
 import json
 import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from hyper_t5.errors import UserError
+from hyper_t5.taskfile import TaskRows
 from hyper_t5.vocab import ByteVocabulary, SentencePieceVocabulary, Vocabulary
 
 # What TensorFlow says of its search for a GPU, which it is not to have, and of its own speed.
@@ -60,6 +69,7 @@ with _without_noise():
     with contextlib.suppress(RuntimeError):  # whoever calls us has it running already
         tf.config.set_visible_devices([], "GPU")
 
+FEATURES = ("hyper_inputs", "inputs", "targets")
 _signatures: dict[str, str] = {}  # name of a Task or Mixture -> what it was registered from
 _vocabularies: dict[str, seqio.Vocabulary] = {}
 
@@ -108,3 +118,154 @@ def register_once(registry: Any, name: str, signature: Any, make: Callable[[], A
         registry.remove(name)
     registry.add_provider(name, make())
     _signatures[name] = described
+
+
+# ------------------------------------------------------------------------------ rows of a file
+
+
+def read_lines(file: Path) -> Iterator[tuple[str, bytes]]:
+    """(place, line) of each line of a text file, plain or .gz, that is not blank.
+
+    Raises:
+        UserError: it cannot be read, or is a damaged .gz.
+    """
+    number = 0
+    try:
+        with gzip.open(file) if file.name.endswith(".gz") else open(file, "rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield f"{file}, line {number}", line
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(
+            f"{file}, after line {number}: damaged or truncated .gz ({error})"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot read ({error.strerror})") from None
+
+
+def parse_line(line: bytes, where: str) -> dict[str, Any]:
+    """A line's one JSON object.
+
+    Raises:
+        UserError: not UTF-8, not JSON, no object, or half a surrogate pair in it.
+    """
+    try:
+        value = json.loads(line.decode("utf-8-sig"))
+        # Of an escaped surrogate JSON may hold half the pair; text may not.
+        if b"\\ud" in line or b"\\uD" in line:
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeDecodeError:
+        raise UserError(f"{where}: not UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not valid JSON ({error.msg})") from None
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: holds half a surrogate pair, which is no character") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: must be a JSON object")
+    return value
+
+
+# ------------------------------------------------------------------- tasks that are rows alone
+
+
+def register_rows(
+    prefix: str,
+    split: str,
+    readers: Mapping[str, Callable[[], TaskRows]],
+    signature: Any,
+    vocab: Vocabulary,
+    max_instances: int = 0,
+) -> str:
+    """Registers tasks without shown examples of their own as `<prefix>_<task>_<split>`.
+
+    The Mixture `<prefix>_<split>` has them by the number of their rows. Rows are read when a Task
+    is, not now. Registering from the same things again does nothing, from others replaces.
+
+    Args:
+        prefix: of the names.
+        split: the one SeqIO split that each Task has.
+        readers: read a task's rows, by its name.
+        signature: what the readers read from, as `register_once` takes it.
+        vocab: of all features.
+        max_instances: rows a task, 0 keeps all; which ones says `RowsSource`.
+
+    Returns:
+        The Mixture's name.
+    """
+    names = [seqio_name(prefix, f"{task}_{split}") for task in readers]
+    signature = (signature, sorted(readers), split, max_instances, vocab.identity())
+    for name, read in zip(names, readers.values(), strict=True):
+        make = functools.partial(_task, name, RowsSource(read, split, max_instances), vocab)
+        register_once(seqio.TaskRegistry, name, signature, make)
+    mixture = seqio_name(prefix, split)
+    mix = functools.partial(seqio.Mixture, mixture, names, default_rate=_size)
+    register_once(seqio.MixtureRegistry, mixture, signature, mix)
+    return mixture
+
+
+def _size(task: seqio.Task) -> float:
+    return float(len(task.source.task_rows().rows))
+
+
+class RowsSource(seqio.FunctionDataSource):
+    """A task's rows, for SeqIO as a dataset and for us as they are (see super_ni.SniSource).
+
+    Of more than `max_instances` rows, 'train' keeps a random choice (the same in every run) and any
+    other split the first.
+    """
+
+    def __init__(self, read: Callable[[], TaskRows], split: str, max_instances: int) -> None:
+        self._read = read
+        self._split = split
+        self._max_instances = max_instances
+        self._rows: TaskRows | None = None
+        super().__init__(dataset_fn=self._dataset, splits=[split])
+
+    def task_rows(self) -> TaskRows:
+        """The task in memory, read at the first call.
+
+        Raises:
+            UserError: what is wrong with its file.
+        """
+        if self._rows is None:
+            task, most = self._read(), self._max_instances
+            chosen = np.arange(len(task.rows))
+            if most and self._split == "train":
+                rng = np.random.default_rng([42, zlib.crc32(task.name.encode())])
+                chosen = np.sort(rng.permutation(chosen)[:most])
+            kept = chosen[: most or None]
+            self._rows = replace(task, rows=tuple(task.rows[i] for i in kept))
+        return self._rows
+
+    def _dataset(
+        self, split: str, shuffle_files: bool = False, seed: int | None = None
+    ) -> tf.data.Dataset:
+        del split, shuffle_files, seed  # one split; SeqIO shuffles the examples itself
+        text = tf.TensorSpec([], tf.string)
+        names = ("id", *FEATURES)
+        signature = dict.fromkeys(names, text) | {"references": tf.TensorSpec([None], tf.string)}
+        return tf.data.Dataset.from_generator(self._generate, output_signature=signature)
+
+    def _generate(self) -> Iterator[dict[str, Any]]:
+        task = self.task_rows()
+        for row in task.rows:
+            yield {
+                "id": row.id,
+                "hyper_inputs": task.instruction,
+                "inputs": row.input,
+                "targets": row.outputs[0],
+                "references": np.array(row.outputs, dtype=object),
+            }
+
+
+def _task(name: str, source: RowsSource, vocab: Vocabulary) -> seqio.Task:
+    return seqio.Task(
+        name,
+        source=source,
+        preprocessors=[
+            seqio.preprocessors.tokenize,
+            seqio.preprocessors.append_eos_after_trim,
+        ],
+        output_features=text_features(vocab, FEATURES),
+        metric_fns=[],
+    )

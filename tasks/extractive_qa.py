@@ -26,7 +26,7 @@ from typing import Any
 from hyper_t5.errors import UserError
 from hyper_t5.scores import SQUAD_METRICS, mean_scores, squad_scores
 from hyper_t5.taskfile import OnBadRow, Row, TaskRows, read_json
-from hyper_t5.tasks.glue import parse_line, read_lines, register_rows
+from hyper_t5.tasks.common import parse_line, read_lines, register_rows
 from hyper_t5.vocab import Vocabulary
 
 SPLITS = ("train", "validation")

@@ -20,24 +20,18 @@ from __future__ import annotations
 
 import argparse
 import functools
-import gzip
-import json
 import re
 import sys
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from hyper_t5 import files
 from hyper_t5.errors import UserError
 from hyper_t5.scores import task_metrics
 from hyper_t5.taskfile import OnBadRow, Row, TaskRows, text_key
-from hyper_t5.tasks.common import register_once, seqio, seqio_name, text_features, tf
+from hyper_t5.tasks.common import parse_line, read_lines, register_rows, tf
 from hyper_t5.vocab import Vocabulary
 
 SPLITS = ("train", "validation", "test")
@@ -48,7 +42,6 @@ FILES = {
     "validation": ("validation.jsonl", "validation_mismatched.jsonl"),
     "test": ("test.jsonl", "validation_matched.jsonl"),
 }
-FEATURES = ("hyper_inputs", "inputs", "targets")
 
 
 class GlueTask(NamedTuple):
@@ -247,151 +240,6 @@ def _answer(label: Any, task: str, where: str) -> str:
 
 
 # ---------------------------------------------------------------- rows in files -> SeqIO Tasks
-
-
-def read_lines(file: Path) -> Iterator[tuple[str, bytes]]:
-    """(place, line) of each line of a text file, plain or .gz, that is not blank.
-
-    Raises:
-        UserError: it cannot be read, or is a damaged .gz.
-    """
-    number = 0
-    try:
-        with gzip.open(file) if file.name.endswith(".gz") else open(file, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield f"{file}, line {number}", line
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(
-            f"{file}, after line {number}: damaged or truncated .gz ({error})"
-        ) from None
-    except OSError as error:
-        raise UserError(f"{file}: cannot read ({error.strerror})") from None
-
-
-def parse_line(line: bytes, where: str) -> dict[str, Any]:
-    """A line's one JSON object.
-
-    Raises:
-        UserError: not UTF-8, not JSON, no object, or half a surrogate pair in it.
-    """
-    try:
-        value = json.loads(line.decode("utf-8-sig"))
-        # Of an escaped surrogate JSON may hold half the pair; text may not.
-        if b"\\ud" in line or b"\\uD" in line:
-            json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeDecodeError:
-        raise UserError(f"{where}: not UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not valid JSON ({error.msg})") from None
-    except UnicodeEncodeError:
-        raise UserError(f"{where}: holds half a surrogate pair, which is no character") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: must be a JSON object")
-    return value
-
-
-def register_rows(
-    prefix: str,
-    split: str,
-    readers: Mapping[str, Callable[[], TaskRows]],
-    signature: Any,
-    vocab: Vocabulary,
-    max_instances: int = 0,
-) -> str:
-    """Registers tasks without shown examples of their own as `<prefix>_<task>_<split>`.
-
-    The Mixture `<prefix>_<split>` has them by the number of their rows. Rows are read when a Task
-    is, not now. Registering from the same things again does nothing, from others replaces.
-
-    Args:
-        prefix: of the names.
-        split: the one SeqIO split that each Task has.
-        readers: read a task's rows, by its name.
-        signature: what the readers read from, as `register_once` takes it.
-        vocab: of all features.
-        max_instances: rows a task, 0 keeps all; which ones says `RowsSource`.
-
-    Returns:
-        The Mixture's name.
-    """
-    names = [seqio_name(prefix, f"{task}_{split}") for task in readers]
-    signature = (signature, sorted(readers), split, max_instances, vocab.identity())
-    for name, read in zip(names, readers.values(), strict=True):
-        make = functools.partial(_task, name, RowsSource(read, split, max_instances), vocab)
-        register_once(seqio.TaskRegistry, name, signature, make)
-    mixture = seqio_name(prefix, split)
-    mix = functools.partial(seqio.Mixture, mixture, names, default_rate=_size)
-    register_once(seqio.MixtureRegistry, mixture, signature, mix)
-    return mixture
-
-
-def _size(task: seqio.Task) -> float:
-    return float(len(task.source.task_rows().rows))
-
-
-class RowsSource(seqio.FunctionDataSource):
-    """A task's rows, for SeqIO as a dataset and for us as they are (see super_ni.SniSource).
-
-    Of more than `max_instances` rows, 'train' keeps a random choice (the same in every run) and any
-    other split the first.
-    """
-
-    def __init__(self, read: Callable[[], TaskRows], split: str, max_instances: int) -> None:
-        self._read = read
-        self._split = split
-        self._max_instances = max_instances
-        self._rows: TaskRows | None = None
-        super().__init__(dataset_fn=self._dataset, splits=[split])
-
-    def task_rows(self) -> TaskRows:
-        """The task in memory, read at the first call.
-
-        Raises:
-            UserError: what is wrong with its file.
-        """
-        if self._rows is None:
-            task, most = self._read(), self._max_instances
-            chosen = np.arange(len(task.rows))
-            if most and self._split == "train":
-                rng = np.random.default_rng([42, zlib.crc32(task.name.encode())])
-                chosen = np.sort(rng.permutation(chosen)[:most])
-            kept = chosen[: most or None]
-            self._rows = replace(task, rows=tuple(task.rows[i] for i in kept))
-        return self._rows
-
-    def _dataset(
-        self, split: str, shuffle_files: bool = False, seed: int | None = None
-    ) -> tf.data.Dataset:
-        del split, shuffle_files, seed  # one split; SeqIO shuffles the examples itself
-        text = tf.TensorSpec([], tf.string)
-        names = ("id", *FEATURES)
-        signature = dict.fromkeys(names, text) | {"references": tf.TensorSpec([None], tf.string)}
-        return tf.data.Dataset.from_generator(self._generate, output_signature=signature)
-
-    def _generate(self) -> Iterator[dict[str, Any]]:
-        task = self.task_rows()
-        for row in task.rows:
-            yield {
-                "id": row.id,
-                "hyper_inputs": task.instruction,
-                "inputs": row.input,
-                "targets": row.outputs[0],
-                "references": np.array(row.outputs, dtype=object),
-            }
-
-
-def _task(name: str, source: RowsSource, vocab: Vocabulary) -> seqio.Task:
-    return seqio.Task(
-        name,
-        source=source,
-        preprocessors=[
-            seqio.preprocessors.tokenize,
-            seqio.preprocessors.append_eos_after_trim,
-        ],
-        output_features=text_features(vocab, FEATURES),
-        metric_fns=[],
-    )
 
 
 # ------------------------------------------------------------------- from MetaICL and from P3

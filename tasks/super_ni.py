@@ -29,10 +29,9 @@ from hyper_t5.taskfile import (
     parse_sni_task,
     read_sni_task,
 )
-from hyper_t5.tasks.common import register_once, seqio, seqio_name, text_features, tf
+from hyper_t5.tasks.common import FEATURES, register_once, seqio, seqio_name, text_features, tf
 from hyper_t5.vocab import Vocabulary
 
-FEATURES = ("hyper_inputs", "inputs", "targets")
 SHOTS = 2  # examples in a Task's hyper_inputs: the published "Def+2Pos"
 TaskFile = Path | Mapping[str, Any]
 
