@@ -1,13 +1,13 @@
-"""Generation on tasks never trained on: exact match and ROUGE-L, per task and overall.
+"""Generation on tasks never trained on: quality per task and overall, and what it costs.
 
 Metrics are Super-NaturalInstructions' (Wang et al. 2022): ROUGE-L F1 with a stemmer and exact match
 after lower-casing and removing punctuation, each the maximum over references, times 100.
-``strict_match`` compares the strings as they are. Adapters are generated once a task.
+``strict_match`` compares the strings as they are. A mixture may have more of its own. Adapters are
+generated once a task.
 """
 
 from __future__ import annotations
 
-import string
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,42 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from hyper_t5 import data, files, model, plots
+from hyper_t5 import cost, data, files, model, plots
 from hyper_t5.episodes import EvalTask
 from hyper_t5.errors import UserError
+from hyper_t5.scores import METRICS, Scores, mean_scores, rouge_scorer, score
 
-METRICS = ("exact_match", "strict_match", "rougeL")
-Scores = dict[str, float]
-
-
-# ------------------------------------------------------------------------------------------ metrics
-
-
-def normalise(text: str) -> str:
-    """Lower case, no punctuation, single spaces: as Super-NaturalInstructions compares."""
-    return " ".join(text.lower().translate(str.maketrans("", "", string.punctuation)).split())
-
-
-def score(prediction: str, references: Sequence[str], rouge: Any) -> Scores:
-    """0..100 each, the best over the references."""
-    return {
-        "exact_match": 100.0 * max(normalise(prediction) == normalise(r) for r in references),
-        "strict_match": 100.0 * max(prediction.strip() == r.strip() for r in references),
-        "rougeL": 100.0 * max(rouge.score(r, prediction)["rougeL"].fmeasure for r in references),
-    }
-
-
-def rouge_scorer() -> Any:
-    """ROUGE-L with the Porter stemmer."""
-    from rouge_score import rouge_scorer as library
-
-    return library.RougeScorer(["rougeL"], use_stemmer=True)
-
-
-def mean_scores(rows: Sequence[Scores]) -> Scores:
-    """Mean of each metric over rows; all zero without rows."""
-    return {m: float(np.mean([r[m] for r in rows])) if rows else 0.0 for m in METRICS}
-
+MEGA = 1e6
 
 # --------------------------------------------------------------------------------------- generation
 
@@ -84,13 +54,6 @@ def predict_task(
         yield from np.asarray(ids)[: len(rows)]
 
 
-def splits_of(config: ConfigDict) -> dict[str, str]:
-    """split -> mixture to evaluate on: ``eval.split``, or every held-out split of the mixture."""
-    mixture = config.eval.mixture or config.data.mixture
-    names = [config.eval.split] if config.eval.split else list(data.held_out_splits(mixture))
-    return dict.fromkeys(names, mixture)
-
-
 def evaluate(
     config: ConfigDict,
     m: model.Model,
@@ -104,14 +67,15 @@ def evaluate(
     """
     rouge, report = rouge_scorer(), {}
     predictions: list[dict[str, Any]] = []
-    for split, mixture in splits_of(config).items():
+    for split, mixture in data.splits_of(config).items():
         tasks = data.load_tasks(mixture, config.data, split, backbone.vocab)
         episodes = data.eval_episodes(tasks, backbone.vocab, config, m.choice.layout)
         print(f"evaluate {split}: {_amounts(episodes)}", flush=True)
         per_task: dict[str, Any] = {}
+        own_metrics, own = data.extra_metrics(mixture), []
         began = time.monotonic()
         for number, task in enumerate(episodes, 1):
-            rows = []
+            rows, made = [], []
             for ids, row, text, refs in zip(
                 predict_task(m, params, task, config, model.task_number(m, task.name, trained_on)),
                 task.ids,
@@ -122,6 +86,7 @@ def evaluate(
                 prediction = backbone.vocab.decode(ids.tolist())
                 scores = score(prediction, refs, rouge)
                 rows.append(scores)
+                made.append(prediction)
                 predictions.append(
                     {
                         "split": split,
@@ -133,6 +98,7 @@ def evaluate(
                         **scores,
                     }
                 )
+            own.append(own_metrics(task.name, made, task.references))
             per_task[task.name] = {
                 "rows": len(rows),
                 "category": task.category,
@@ -141,6 +107,7 @@ def evaluate(
                 "instruction_cut": task.truncated_instruction,
                 "inputs_cut": task.truncated_inputs,
                 **mean_scores(rows),
+                **own[-1],
             }
             if number % 20 == 0 or number == len(episodes):
                 left = (time.monotonic() - began) / number * (len(episodes) - number)
@@ -148,6 +115,7 @@ def evaluate(
                     f"evaluate {split}: task {number}/{len(episodes)}  ETA {left:.0f} s", flush=True
                 )
         overall = mean_scores([r for r in predictions if r["split"] == split])
+        overall |= _mean_over_tasks(own)
         report[split] = {
             "rows": sum(t["rows"] for t in per_task.values()),
             "tasks": len(per_task),
@@ -155,6 +123,12 @@ def evaluate(
             "per_task": per_task,
         }
     return {"system": config.system, "splits": report}, predictions
+
+
+def _mean_over_tasks(own: Sequence[Scores]) -> Scores:
+    """Of each metric over the tasks that have it."""
+    names = dict.fromkeys(name for scores in own for name in scores)
+    return {n: float(np.mean([scores[n] for scores in own if n in scores])) for n in names}
 
 
 def _amounts(episodes: Sequence[EvalTask]) -> str:
@@ -187,16 +161,19 @@ def evaluate_workdir(
     others = [read_report(path) for path in compare]  # a mistake is told before the long work
     config, m, backbone, params = model.load_run(workdir, overrides)
     out = Path(out) if out else Path(workdir) / "eval" / str(model.step_of(workdir))
-    report, predictions = evaluate(config, m, backbone, params, model.tasks_of(workdir))
-    report |= {
-        "workdir": str(workdir),
-        "shots": config.eval.shots,
+    costs = {
         "trained_parameters": model.trained_parameters(m, params),
+        "generated_parameters": cost.generated_parameters(m, config),
+        "flops": cost.flops(config, m.sizes),
     }
+    began = time.monotonic()
+    report, predictions = evaluate(config, m, backbone, params, model.tasks_of(workdir))
+    seconds = {"train": cost.training_seconds(workdir), "evaluate": time.monotonic() - began}
+    report |= {"workdir": str(workdir), "shots": config.eval.shots, **costs, "seconds": seconds}
     files.write_json_lines(out / "predictions.jsonl", predictions)
     files.write_json(out / "metrics.json", report)
     reports = [report, *others]
-    print(table(reports))
+    print(f"{table(reports)}\n\n{cost_table(reports)}")
     plot = plots.compare(reports, out / "report.png")
     print(f"{out / 'metrics.json'}\n{out / 'predictions.jsonl'}\n{plot}")
     return report
@@ -216,26 +193,66 @@ def read_report(path: str | Path) -> dict[str, Any]:
     report = files.read_json(path)
     try:
         table([report])
+        cost_table([report])
     except (AttributeError, KeyError, TypeError, ValueError):
         raise UserError(f"{path}: not the metrics of an evaluation") from None
     return report
 
 
 def table(reports: Sequence[dict[str, Any]], metrics: Sequence[str] = METRICS) -> str:
-    """Systems by splits and metrics, as aligned text."""
-    head = ["system", "split", "tasks", *metrics]
-    lines = [head] + [
+    """Systems by splits and metrics, as aligned text; then the metrics of a mixture's own."""
+    splits = [(r, split, s) for r in reports for split, s in r["splits"].items()]
+    own = dict.fromkeys(name for _, _, s in splits for name in s["overall"] if name not in METRICS)
+    lines = [["system", "split", "tasks", *metrics, *own]]
+    for r, split, s in splits:
+        told = [f"{s['overall'][m]:.1f}" for m in metrics]
+        told += [_number(s["overall"].get(m), ".1f") for m in own]
+        lines.append([r.get("name", r["system"]), split, str(s["tasks"]), *told])
+    return aligned(lines)
+
+
+def cost_table(reports: Sequence[dict[str, Any]]) -> str:
+    """Systems by what they cost, as aligned text; a ``-`` where an older report does not say."""
+    head = [
         [
-            r.get("name", r["system"]),
-            split,
-            str(s["tasks"]),
-            *(f"{s['overall'][m]:.1f}" for m in metrics),
-        ]
-        for r in reports
-        for split, s in r["splits"].items()
+            "system",
+            "trained",
+            "emitted",
+            *["MFLOPs per example,"] * 2,
+            "MFLOPs",
+            "train",
+            "evaluate",
+        ],
+        ["", "", "per task", "text concatenated", "text in adapters", "per task", "s", "s"],
     ]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    lines = []
+    for r in reports:
+        flops, seconds = r.get("flops", {}), r.get("seconds", {})
+        lines.append(
+            [
+                r.get("name", r["system"]),
+                *(_number(r.get(f"{what}_parameters"), ",") for what in ("trained", "generated")),
+                *(
+                    _number(flops.get(what), ",.1f", MEGA)
+                    for what in ("concatenated", "per_example", "per_task")
+                ),
+                *(_number(seconds.get(what), ".1f") for what in ("train", "evaluate")),
+            ]
+        )
+    return aligned([*head, *lines], right=True)
+
+
+def _number(value: float | None, form: str, unit: float = 0) -> str:
+    return "-" if value is None else format(value / unit if unit else value, form)
+
+
+def aligned(lines: Sequence[Sequence[str]], right: bool = False) -> str:
+    """Columns of one width each; with ``right`` all but the first end where they end."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
-        "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
+        "  ".join(
+            cell.rjust(w) if right and i else cell.ljust(w)
+            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
         for line in lines
     )

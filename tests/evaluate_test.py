@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -15,15 +16,13 @@ import pytest
 import runs
 from ml_collections import ConfigDict
 
-from hyper_t5 import cli, evaluate, model, plots, workdir
+from hyper_t5 import adapters as ad
+from hyper_t5 import checkpoint, cli, cost, evaluate, model, plots, scores, workdir
 from hyper_t5.decoding import decode
 from hyper_t5.errors import UserError
 from hyper_t5.hypermodels import SYSTEMS
 from hyper_t5.tasks import synthetic
 from hyper_t5.vocab import EOS_ID
-
-# What a system's outputs depend on besides the input.
-READS_THE_TASK = {"hyper_prefix", "hyper_lora", "concat"}
 
 
 @pytest.fixture(scope="module")
@@ -50,21 +49,38 @@ def make(backbone: Path, sni: Path) -> Callable[..., ConfigDict]:
 
 @pytest.fixture(scope="module")
 def run_of(make: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A workdir of each system as if trained; `none` trains nothing."""
-    root, made = tmp_path_factory.mktemp("runs"), set()
+    """A workdir of each system as if trained, where it trains anything."""
+    root = tmp_path_factory.mktemp("runs")
 
+    @functools.cache
     def run(system: str) -> Path:
-        folder = root / system
-        if system not in made:
-            config = make(system=system)
-            if system == "none":
-                workdir.check_resume(folder, config)
-            else:
-                runs.untrained_run(config, folder)
-            made.add(system)
+        folder, fields = root / system, dict[str, Any](adapter__bottleneck_sizes=(3,))
+        if system == "hint":
+            fields |= {
+                "adapter__prefix_sites": ad.ATTENTION_SITES,
+                "adapter__position_bias": "zero",
+            }
+        if system.startswith("task_"):
+            fields |= {"stage": "peft", "adapter__task_slots": 2}
+        config = make(system=system, **fields)
+        if not SYSTEMS[system].trains:
+            workdir.check_resume(folder, config)
+            return folder
+        runs.untrained_run(config, folder)
+        if config.adapter.task_slots:  # as in training, and in another order than evaluation's
+            params, meta = checkpoint.load_subtree(folder, "params")
+            meta["tasks"] = runs.HELD_OUT[::-1]
+            checkpoint.save(folder, 2, {"params": params}, meta)
         return folder
 
     return run
+
+
+@pytest.fixture(scope="module")
+def whole(run_of: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
+    """(metrics, predictions) of each system."""
+    root = tmp_path_factory.mktemp("whole")
+    return functools.cache(lambda system: judged(run_of(system), root / system))
 
 
 def edit(sni: Path, task: str, change: Callable[[dict[str, Any]], Any]) -> None:
@@ -88,28 +104,6 @@ def texts(predictions: list[dict[str, Any]]) -> list[str]:
 # ------------------------------------------------------------------------------------ metrics
 
 
-@pytest.mark.parametrize(
-    ("prediction", "references", "exact", "strict", "rouge"),
-    [
-        ("b a", ["b a"], 100, 100, 100),
-        ("B, a!", ["b a"], 100, 0, 100),
-        (" b a\n", ["b a"], 100, 100, 100),
-        ("a c", ["x", "a c"], 100, 100, 100),  # the best of the references
-        ("a b c", ["a c d"], 0, 0, 100 * 2 / 3),  # a and c: precision and recall are 2/3
-        ("a", ["a b c"], 0, 0, 50),  # precision 1, recall 1/3
-        ("c a", ["a c"], 0, 0, 50),  # the order counts
-        ("running cats", ["runs cat"], 0, 0, 100),  # the stems are equal
-        ("", ["a"], 0, 0, 0),
-        ("", [""], 100, 100, 0),  # as rouge-score has it
-    ],
-)
-def test_score(
-    prediction: str, references: list[str], exact: float, strict: float, rouge: float
-) -> None:
-    found = evaluate.score(prediction, references, evaluate.rouge_scorer())
-    assert found == pytest.approx({"exact_match": exact, "strict_match": strict, "rougeL": rouge})
-
-
 def test_files_and_numbers(run_of: Any, sni: Path, tmp_path: Path) -> None:
     run, seen = run_of("hyper_lora"), tmp_path / "sni"
     _, before = judged(run, tmp_path / "before")
@@ -131,7 +125,7 @@ def test_files_and_numbers(run_of: Any, sni: Path, tmp_path: Path) -> None:
     metrics, after = judged(run, tmp_path / "after", f"--gin.data.sni_dir={seen}")
     assert texts(after) == texts(before)
 
-    keys = ["split", "task", "id", "input", "references", "prediction", *evaluate.METRICS]
+    keys = ["split", "task", "id", "input", "references", "prediction", *scores.METRICS]
     assert all(list(row) == keys for row in after)
     assert [row["task"] for row in after] == [first] * 6 + [second] * 3
     ids = [row["id"] for row in json.loads((seen / f"tasks/{first}.json").read_text())["Instances"]]
@@ -142,7 +136,7 @@ def test_files_and_numbers(run_of: Any, sni: Path, tmp_path: Path) -> None:
     assert after[2]["rougeL"] == pytest.approx(100 * 2 / 3)  # precision 1, recall 1/2
 
     def mean(rows: list[dict[str, Any]]) -> dict[str, float]:
-        return {m: sum(row[m] for row in rows) / len(rows) for m in evaluate.METRICS}
+        return {m: sum(row[m] for row in rows) / len(rows) for m in scores.METRICS}
 
     split = metrics["splits"]["test"]
     assert list(metrics["splits"]) == ["test"]
@@ -151,7 +145,7 @@ def test_files_and_numbers(run_of: Any, sni: Path, tmp_path: Path) -> None:
     assert split["overall"]["exact_match"] == pytest.approx(100 * 4 / 9)
     for name, rows in {first: after[:6], second: after[6:]}.items():
         told = split["per_task"][name]
-        assert {m: told[m] for m in evaluate.METRICS} == pytest.approx(mean(rows))
+        assert {m: told[m] for m in scores.METRICS} == pytest.approx(mean(rows))
         assert told["rows"] == len(rows)
         assert (told["category"], told["examples_shown"]) == (f"Kind of {name}", 1)
     assert (metrics["system"], metrics["workdir"]) == ("hyper_lora", str(run))
@@ -183,37 +177,74 @@ def test_what_did_not_fit_is_told(
     assert "2 tasks, 9 rows, 1 examples dropped, 1 inputs cut\n" in capsys.readouterr().out
 
 
+def test_metrics_of_a_mixtures_own(
+    run_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = {}
+
+    def own(task: str, predictions: list[str], references: Any) -> dict[str, float]:
+        seen[task] = list(zip(predictions, map(list, references), strict=True))
+        made = {"words": 10.0 * len(predictions)}
+        return made | {"rare": 5.0} if task == runs.HELD_OUT[1] else made
+
+    monkeypatch.setattr("hyper_t5.tasks.super_ni.extra_metrics", own, raising=False)
+    metrics, predictions = judged(run_of("hyper_lora"), tmp_path / "out")
+    split = metrics["splits"]["test"]
+    for name, rows in seen.items():
+        made = [row for row in predictions if row["task"] == name]
+        assert rows == [(row["prediction"], row["references"]) for row in made]
+        told = split["per_task"][name]
+        assert told["words"] == 10.0 * len(rows)
+        assert ("rare" in told) == (name == runs.HELD_OUT[1])
+    assert (split["overall"]["words"], split["overall"]["rare"]) == (45, 5)  # means over tasks
+    assert "exact_match" in split["overall"]
+    head, line = evaluate.table([metrics]).splitlines()
+    assert head.split()[-3:] == ["rougeL", "words", "rare"]
+    assert line.split()[-2:] == ["45.0", "5.0"]
+    assert f"{head}\n{line}\n" in capsys.readouterr().out
+    both = evaluate.table([report("older", 1, "test"), metrics]).splitlines()
+    assert both[1].split()[-2:] == ["-", "-"]
+
+
 # ------------------------------------------------------------------------------------ systems
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
-def test_every_system(run_of: Any, sni: Path, tmp_path: Path, system: str) -> None:
-    run = run_of(system)
-    metrics, predictions = judged(run, tmp_path / "whole")
+def test_every_system(run_of: Any, whole: Any, sni: Path, tmp_path: Path, system: str) -> None:
+    run, choice = run_of(system), SYSTEMS[system]
+    metrics, predictions = whole(system)
     assert metrics["system"] == system
     assert metrics["splits"]["test"]["rows"] == len(predictions) == 9
-    assert (metrics["trained_parameters"] > 0) == (system != "none")
+    assert (metrics["trained_parameters"] > 0) == bool(choice.trains)
 
     # By hand: the conditioning, the adapters, one row.
     config, m, backbone, params = model.load_run(run)
-    encode = backbone.vocab.encode
-    shown = "\nInput: a z\nOutput: a"
-    conditioning = [*encode("first the letters."), *encode(shown)]
+    encode, concat = backbone.vocab.encode, choice.layout == "concat"
+    parts = [encode("first the letters."), encode("\nInput: a z\nOutput: a")]
+    conditioning = [piece for part in parts for piece in part]
+    ends = [*parts[0], EOS_ID, *parts[1]] if choice.layout == "parts" else conditioning
     row = encode("c x")
-    if system == "concat":
+    if concat:
         row = [*conditioning, *encode("\nInput: "), *row]
-    hyper = np.zeros((1, config.data.hyper_length), np.int32)
-    hyper[0, : len(conditioning) + 1] = [*conditioning, EOS_ID]
-    adapters = model.generate(m, params, jnp.asarray(hyper))
-    assert (adapters is None) == (system in ("none", "concat"))
     # Of the shapes that evaluation compiled for, and elsewhere in them.
-    inputs = np.zeros((config.eval.batch, 56 if system == "concat" else 16), np.int32)
+    inputs = np.zeros((config.eval.batch, 56 if concat else 16), np.int32)
     inputs[-1, : len(row) + 1] = [*row, EOS_ID]
+    if choice.reads == "input":
+        adapters = model.generate(m, params, jnp.asarray(inputs), jnp.zeros(len(inputs), int))
+        inputs = inputs[:, :0]
+    else:
+        hyper = np.zeros((1, config.data.hyper_length), np.int32)
+        hyper[0, : len(ends) + 1] = [*ends, EOS_ID]
+        adapters = model.generate(m, params, jnp.asarray(hyper), jnp.ones(1, int))
+    assert (adapters is None) == (system in ("none", "concat"))
     ids, _ = decode(
         m.sizes, params["backbone"], jnp.asarray(inputs), adapters, steps=4, beam_size=1
     )
     assert predictions[0]["input"] == "c x"
     assert predictions[0]["prediction"] == backbone.vocab.decode(np.asarray(ids)[-1].tolist())
+    emitted = ad.parameters_per_task(adapters) if adapters is not None else 0
+    assert metrics["generated_parameters"] == emitted
+    assert metrics["flops"] == cost.flops(config, backbone.sizes)
 
     # Another instruction is for those who read it, and for nobody else.
     other = tmp_path / "sni"
@@ -221,7 +252,8 @@ def test_every_system(run_of: Any, sni: Path, tmp_path: Path, system: str) -> No
     for name in runs.HELD_OUT:
         edit(other, name, lambda task: task.update(Definition=["multiply the animals"]))
     _, reworded = judged(run, tmp_path / "reworded", f"--gin.data.sni_dir={other}")
-    assert (texts(reworded) != texts(predictions)) == (system in READS_THE_TASK)
+    reads = not system.startswith(("shared_", "task_", "none"))
+    assert (texts(reworded) != texts(predictions)) == reads
 
 
 def test_the_batch_size_changes_nothing(run_of: Any, tmp_path: Path) -> None:
@@ -230,9 +262,10 @@ def test_the_batch_size_changes_nothing(run_of: Any, tmp_path: Path) -> None:
     assert judged(run, tmp_path / "smaller", "--gin.eval.batch=4")[1] == predictions
 
 
-def test_systems_differ(run_of: Any, tmp_path: Path) -> None:
-    found = {name: texts(judged(run_of(name), tmp_path / name)[1]) for name in SYSTEMS}
-    assert len({tuple(made) for made in found.values()}) == len(SYSTEMS)
+def test_systems_differ(whole: Any) -> None:
+    names = ("none", "concat", "shared_lora", "hyper_prefix", "hyper_lora", "hyperdecoder")
+    found = {name: texts(whole(name)[1]) for name in names}
+    assert len({tuple(made) for made in found.values()}) == len(names)
 
 
 def test_held_out_splits_are_reported_apart(make: Any, tmp_path: Path) -> None:
@@ -256,7 +289,7 @@ def test_held_out_splits_are_reported_apart(make: Any, tmp_path: Path) -> None:
 
 
 def report(name: str, score: float, *splits: str) -> dict[str, Any]:
-    overall = dict.fromkeys(evaluate.METRICS, score)
+    overall = dict.fromkeys(scores.METRICS, score)
     return {"system": name, "splits": {s: {"tasks": 3, "overall": overall} for s in splits}}
 
 
@@ -277,6 +310,22 @@ def test_table_and_plot_of_several(tmp_path: Path) -> None:
     assert len({picture.tobytes() for picture in pictures}) == 4
 
 
+def test_table_of_costs() -> None:
+    costs = {
+        "trained_parameters": 1234567,
+        "generated_parameters": 0,
+        "flops": {"per_task": 0.0, "per_example": 12.34e6, "concatenated": 2.05e9},
+        "seconds": {"train": None, "evaluate": 3.21},
+    }
+    reports = [report("none", 0, "test"), report("hyper_lora", 0, "test") | costs]
+    lines = evaluate.cost_table(reports).splitlines()
+    assert lines[0].split()[:3] == ["system", "trained", "emitted"]
+    assert lines[2].split() == ["none", *"-" * 7]
+    numbers = ["1,234,567", "0", "2,050.0", "12.3", "0.0", "-", "3.2"]
+    assert lines[3].split() == ["hyper_lora", *numbers]
+    assert len({len(line) for line in lines}) == 1
+
+
 def test_compare_puts_other_runs_beside(
     run_of: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -290,6 +339,11 @@ def test_compare_puts_other_runs_beside(
     out = capsys.readouterr().out
     for start in ("concat       test", "none         test", "from a file  test   3      12.5"):
         assert f"\n{start}" in out
+    costs = [line.split() for line in out.splitlines()[-8:-3]]
+    assert [line[0] for line in costs[:1] + costs[2:]] == ["system", "concat", "none", "from"]
+    assert costs[2][1] == f"{metrics['trained_parameters']:,}"
+    assert costs[3][1:3] == ["0", "0"]
+    assert costs[4][3:] == ["-"] * 7
 
 
 @pytest.mark.parametrize(
@@ -300,6 +354,11 @@ def test_compare_puts_other_runs_beside(
         ("[]", "metrics.json: must hold a JSON object"),
         ('{"system": "none"}', "metrics.json: not the metrics of an evaluation"),
         ('{"system": "none", "splits": {"test": 3}}', "metrics.json: not the metrics of"),
+        ('{"system": "none", "splits": {}, "flops": 3}', "metrics.json: not the metrics of"),
+        (
+            '{"system": "none", "splits": {}, "seconds": {"train": "long"}}',
+            "metrics.json: not the metrics of",
+        ),
     ],
 )
 def test_a_bad_report_is_told_before_the_work(
@@ -357,12 +416,17 @@ def test_a_run_that_has_not_ended_is_judged_by_its_newest_checkpoint(
         runs.run(make(system=system, train__steps=4, train__save_every=2), run)
         part = runs.part_of(run, tmp_path / f"{system}_part", 2)
         assert model.load_run(part)[0].train.steps == 4
-        _, early = judged(part, part / "eval" / "2")
-        _, late = judged(run, run / "eval" / "4")
+        told_early, early = judged(part, part / "eval" / "2")
+        told, late = judged(run, run / "eval" / "4")
         assert texts(early) != texts(late)
+        # Both have all of its metrics.jsonl, whose last line has the seconds of them all.
+        assert told_early["seconds"]["train"] == told["seconds"]["train"]
+        assert told["seconds"]["train"] == runs.lines(run)[-1]["seconds"] > 0
+        assert told["seconds"]["evaluate"] > 0
     # One that trained nothing yet is its backbone.
     workdir.check_resume(tmp_path / "concat0", make(system="concat"))
-    _, start = judged(tmp_path / "concat0", tmp_path / "start")
+    told, start = judged(tmp_path / "concat0", tmp_path / "start")
+    assert told["seconds"]["train"] is None
     assert texts(start) != texts(judged(tmp_path / "concat", tmp_path / "end")[1])
 
 

@@ -37,6 +37,28 @@ def test_super_natural_instructions_metrics() -> None:
 
 
 @pytest.mark.parametrize(
+    ("prediction", "references", "exact", "strict", "rouge"),
+    [
+        ("b a", ["b a"], 100, 100, 100),
+        ("B, a!", ["b a"], 100, 0, 100),
+        (" b a\n", ["b a"], 100, 100, 100),
+        ("a c", ["x", "a c"], 100, 100, 100),  # the best of the references
+        ("a b c", ["a c d"], 0, 0, 100 * 2 / 3),  # a and c: precision and recall are 2/3
+        ("a", ["a b c"], 0, 0, 50),  # precision 1, recall 1/3
+        ("c a", ["a c"], 0, 0, 50),  # the order counts
+        ("running cats", ["runs cat"], 0, 0, 100),  # the stems are equal
+        ("", ["a"], 0, 0, 0),
+        ("", [""], 100, 100, 0),  # as rouge-score has it
+    ],
+)
+def test_score(
+    prediction: str, references: list[str], exact: float, strict: float, rouge: float
+) -> None:
+    found = scores.score(prediction, references, scores.rouge_scorer())
+    assert found == pytest.approx({"exact_match": exact, "strict_match": strict, "rougeL": rouge})
+
+
+@pytest.mark.parametrize(
     ("prediction", "references", "em", "f1"),
     [
         ("The Beatles!", ["beatles"], 100, 100),
