@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from hyper_t5.adapters import ATTENTION_SITES, MLP_SITES, targets_of
 from hyper_t5.config import defaults, parse_args, t5_config
+from hyper_t5.hypermodels import BACKBONE as BACKBONE_BRANCH
 from hyper_t5.hypermodels import SYSTEMS
 from hyper_t5.overrides import choose
 
@@ -27,8 +28,10 @@ BUDGET = {  # steps, learning rate
     "hyper_prefix": (500, 1e-3),
     "shared_lora": (300, 1e-2),
     "shared_prefix": (300, 1e-2),
-    "none": (1, 1e-3),
 }
+LEARNED = (500, 1e-2)  # other adapters that are learned
+TRAINS_BACKBONE = (500, 5e-4)  # along with the hypermodel, or alone
+OTHERS = (500, 1e-3)
 # The backbone has seen no running text: LoRA that was trained on it at 2e-3 did not come back in
 # the steps above (docs/results.md).
 HYPERPRETRAIN = (150, 1e-4)
@@ -63,7 +66,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.optimizer.schedule = "linear"
     config.optimizer.warmup_steps = 20
     config.train.log_every, config.train.save_every = 50, 200
-    config.train.steps, config.optimizer.learning_rate = BUDGET[args.system]
+    config.train.steps, config.optimizer.learning_rate = _budget(args.system)
     if args.system == "concat":
         config.optimizer.name = "adafactor"
     else:
@@ -77,4 +80,21 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.adapter.lora_rank, config.adapter.lora_alpha, config.adapter.lora_bias = 8, 8.0, True
     config.adapter.lora_targets = targets_of((*ATTENTION_SITES, *MLP_SITES), t5_config(config))
     config.adapter.prefix_length = 16
+    config.adapter.bottleneck_sizes = (16,)
+    if args.system == "hint":
+        config.adapter.prefix_sites, config.adapter.position_bias = ATTENTION_SITES, "zero"
+        config.adapter.prefix_length = 8
+    if args.system == "hyperdecoder":
+        config.adapter.bottleneck_activation, config.adapter.bottleneck_input = "relu", "raw"
+    if args.system.startswith("task_"):  # the judged tasks, by their 50 other rows
+        config.stage, config.adapter.task_slots = "peft", 48
     return config
+
+
+def _budget(system: str) -> tuple[int, float]:
+    """Steps and learning rate; a new system needs no line of its own."""
+    if system.startswith(("shared_", "task_")):
+        return BUDGET.get(system, LEARNED)
+    return BUDGET.get(
+        system, TRAINS_BACKBONE if BACKBONE_BRANCH in SYSTEMS[system].trains else OTHERS
+    )
