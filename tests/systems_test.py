@@ -7,14 +7,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
+from flax import linen as nn
 
 from hyper_t5 import adapters as ad
-from hyper_t5 import checkpoint, data, evaluate, model, serve, weights
+from hyper_t5 import checkpoint, data, evaluate, model, serve, t5, weights
+from hyper_t5 import config as config_lib
 from hyper_t5.errors import UserError
-from hyper_t5.hypermodels import BACKBONE, SYSTEMS
+from hyper_t5.hypermodels import BACKBONE, SYSTEMS, System
 
 every_system = pytest.mark.parametrize("system", SYSTEMS)
 # What other tools cannot say, and the words of the refusal.
@@ -96,8 +100,6 @@ def test_what_a_system_trains_is_what_its_checkpoint_holds(root: Path, system: s
 
 
 def _differences(one: Any, other: Any) -> list[np.ndarray]:
-    import jax
-
     return jax.tree.leaves(jax.tree.map(lambda x, y: np.asarray(x) != np.asarray(y), one, other))
 
 
@@ -205,3 +207,55 @@ def test_inputs_may_say_their_task_themselves(root: Path, tmp_path: Path) -> Non
     )
     made = [json.loads(line)["output"] for line in (tmp_path / "out").read_text().splitlines()]
     assert made == [row["prediction"] for row in expected]
+
+
+# ------------------------------------------------------------------------- the shape of it
+
+
+class Seventh(nn.Module):
+    """A system that the package does not know: one row of memory, the mean of the text's ids."""
+
+    config: t5.T5Config
+
+    @nn.compact
+    def __call__(self, ids: jax.Array, tasks: jax.Array, deterministic: bool = True) -> ad.Adapters:
+        table = self.param("table", nn.initializers.normal(1.0), (self.config.emb_dim,))
+        states = (jnp.mean(ids, -1)[:, None] * table)[None, :, None]
+        tree = {ad.MEMORY: {"states": states, "mask": jnp.ones(states.shape[:3], bool)}}
+        return ad.Adapters(tree, ad.AdapterSpec(memory=1))
+
+
+def test_a_new_system_is_a_file_and_a_line(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seventh = System(lambda config, sizes: Seventh(sizes), options={"width": 3})
+    monkeypatch.setitem(SYSTEMS, "seventh", seventh)
+    for name in ("mtf", "hyperpretrain", "quickstart"):
+        config = config_lib.load(f"configs/{name}.py:system=seventh", ["backbone.path=somewhere"])
+        config_lib.validate(config)
+        assert (config.system, config.seventh.width) == ("seventh", 3)
+    judged(root, "seventh")
+    test_what_a_system_trains_is_what_its_checkpoint_holds(root, "seventh")
+    test_predict_answers_as_evaluate_does(root, "seventh", tmp_path)
+    test_the_task_decides_what_a_system_emits(root, "seventh")
+
+
+def test_a_system_is_read_on_two_screens(repo_root: Path) -> None:
+    files = list((repo_root / "hyper_t5" / "hypermodels").glob("*.py"))
+    assert len(files) >= 8
+    for file in files:
+        if file.stem not in ("readers", "heads"):  # parts, not systems
+            assert len(file.read_text().splitlines()) <= 150, file.name
+
+
+def test_a_folder_whose_generator_does_not_fit_is_named(root: Path, tmp_path: Path) -> None:
+    _, meta, hyper = ad.load(adapted(root, "hyperdecoder")[0])
+    meta["config"]["hyperdecoder"]["generator_size"] = 7
+    none = ad.Adapters({}, ad.AdapterSpec())
+    folder = ad.save(tmp_path / "other", none, meta, hyper)
+    with pytest.raises(UserError, match=r"other: decoder_generator/.* of its hypermodel is"):
+        serve.export(folder, tmp_path / "out", "merged", root / "backbone")
+    config = model.load_run(trained(root, "fid_icl"))[0]
+    config.hypermodel.path = str(tmp_path)
+    with pytest.raises(UserError, match="hypermodel.path: system=fid_icl trains no hypermodel"):
+        runs.run(config, tmp_path / "run")
