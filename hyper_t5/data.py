@@ -36,6 +36,7 @@ __all__ = [
     "extra_metrics",
     "format_conditioning",
     "held_out_splits",
+    "load_judged",
     "load_peft_tasks",
     "load_tasks",
     "make_sampler",
@@ -132,6 +133,19 @@ def splits_of(config: Any) -> dict[str, str]:
     return dict.fromkeys(names, mixture)
 
 
+def load_judged(config: Any, mixture: str, split: str, vocab: Vocabulary) -> list[TaskRows]:
+    """The tasks of a split as evaluation asks them, `eval.max_rows_per_task` rows of each.
+
+    In stage 'peft' `data.max_instances_per_task` says how many rows are trained on, and has no say
+    in which are judged.
+    """
+    section = config.data
+    if config.stage == "peft":
+        section = section.copy_and_resolve_references()
+        section.max_instances_per_task = 0
+    return load_tasks(mixture, section, split, vocab)
+
+
 def load_peft_tasks(config: Any, vocab: Vocabulary) -> list[TaskRows]:
     """The tasks that evaluation judges, with rows that it does not: what stage 'peft' trains on.
 
@@ -148,15 +162,10 @@ def load_peft_tasks(config: Any, vocab: Vocabulary) -> list[TaskRows]:
             "eval.max_rows_per_task=0 judges every row and leaves stage=peft none to train on; "
             "set how many rows a task are judged"
         )
-    whole = config.data.copy_and_resolve_references()
-    whole.max_instances_per_task = 0
     found: dict[str, TaskRows] = {}
     for split, mixture in splits_of(config).items():
-        tasks = load_tasks(mixture, whole, split, vocab)
-        # Of 'train' a limit keeps a random choice, so that evaluation's first rows are others.
-        limited = load_tasks(mixture, config.data, split, vocab) if limit else tasks
-        for task, cut in zip(tasks, limited, strict=True):
-            judged = {text_key(row.input) for row in (*task.rows[:most], *cut.rows[:most])}
+        for task in load_judged(config, mixture, split, vocab):
+            judged = {text_key(row.input) for row in task.rows[:most]}
             rows = [row for row in task.rows if text_key(row.input) not in judged]
             if not rows:
                 raise UserError(

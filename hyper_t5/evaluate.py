@@ -68,7 +68,7 @@ def evaluate(
     rouge, report = rouge_scorer(), {}
     predictions: list[dict[str, Any]] = []
     for split, mixture in data.splits_of(config).items():
-        tasks = data.load_tasks(mixture, config.data, split, backbone.vocab)
+        tasks = data.load_judged(config, mixture, split, backbone.vocab)
         episodes = data.eval_episodes(tasks, backbone.vocab, config, m.choice.layout)
         print(f"evaluate {split}: {_amounts(episodes)}", flush=True)
         per_task: dict[str, Any] = {}

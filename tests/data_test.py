@@ -617,7 +617,7 @@ def test_peft_never_trains_on_what_any_split_judges(sni_dir: Path, limit: int) -
         (sni_dir / "tasks" / f"{name}.json").write_text(json.dumps(sni_object(name, rows=30)))
     config = peft_config(sni_dir=str(sni_dir), max_instances_per_task=limit)
     config.eval.split = "train"
-    judged = data.eval_episodes(data.load_tasks("sni", config.data, "train", BYTES), BYTES, config)
+    judged = data.eval_episodes(data.load_judged(config, "sni", "train", BYTES), BYTES, config)
     tasks = data.load_peft_tasks(config, BYTES)
     assert [task.name for task in tasks] == [task.name for task in judged]
     for task, asked in zip(tasks, judged, strict=True):
