@@ -42,7 +42,7 @@ class TextToLora(nn.Module):
         c, lora = self.config, self.spec.lora
         assert lora
         encoded = T5(c, name="backbone").encode(ids, deterministic=deterministic)
-        pooled = jax.lax.stop_gradient(mean_pool(encoded, ids > 0))
+        pooled = mean_pool(encoded, ids > 0)
         text = nn.LayerNorm(dtype=c.dtype, name="norm")(_dense(TEXT, c, "text")(pooled))
         mixer = [_dense(MIXER, c, "mixer_in"), _dense(2 * TEXT, c, "mixer_out")]
         block = [_dense(MIXER, c, "block_in"), _dense(2 * TEXT, c, "block_out")]
