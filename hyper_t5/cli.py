@@ -109,7 +109,7 @@ def _bench(args: argparse.Namespace) -> None:
 def _quickstart(args: argparse.Namespace) -> None:
     from hyper_t5 import quickstart
 
-    quickstart.main(args.out, seeds=args.seeds, backbone=args.backbone)
+    quickstart.main(args.out, args.seeds, args.backbone, args.systems)
 
 
 # ---------------------------------------------------------------------- names, flags, help, errors
@@ -187,6 +187,16 @@ COMMANDS = {
                 },
             ),
             _path("--backbone", "another than the shipped one", required=False),
+            (
+                "--systems",
+                {
+                    "nargs": "+",
+                    "default": [],
+                    "metavar": "NAME",
+                    "help": "which to compare, or all, which takes an hour or two (default: none "
+                    "shared_prefix shared_lora hyper_lora hyper_prefix concat)",
+                },
+            ),
         ],
     ),
     "train": Command(

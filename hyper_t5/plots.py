@@ -19,8 +19,10 @@ def compare(
     from matplotlib import pyplot
 
     splits = list(dict.fromkeys(s for r in reports for s in r["splits"]))
-    figure, axes = pyplot.subplots(figsize=(2 + 2.2 * len(splits) * max(1, len(reports) / 4), 4))
+    wide = min(2.2 * len(splits) * max(1, len(reports) / 4), 14)
+    figure, axes = pyplot.subplots(figsize=(2 + wide, 4))
     width = 0.8 / len(reports)
+    colors = pyplot.get_cmap("tab10" if len(reports) <= 10 else "tab20").colors
     for index, report in enumerate(reports):
         found = [
             (i, report["splits"][s]["overall"][metric])
@@ -29,7 +31,11 @@ def compare(
         ]
         places = [i + (index - (len(reports) - 1) / 2) * width for i, _ in found]
         bars = axes.bar(
-            places, [v for _, v in found], width * 0.95, label=report.get("name", report["system"])
+            places,
+            [v for _, v in found],
+            width * 0.95,
+            label=report.get("name", report["system"]),
+            color=colors[index % len(colors)],
         )
         axes.bar_label(bars, fmt="%.0f", fontsize=8)
     axes.set_xticks(range(len(splits)), [s.replace("_", " ") for s in splits])
@@ -39,6 +45,54 @@ def compare(
     axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.tight_layout()
     return _save(figure, Path(path))
+
+
+def quality_by_cost(points: Mapping[str, tuple[float, float]], path: str | Path) -> Path:
+    """A labelled point a system: (MFLOPs per example, on a logarithmic scale, exact match in %)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(10, 6))
+    axes.scatter(*zip(*points.values(), strict=True), s=18)
+    for group in _near(points):
+        # Labels stand right of all points of about this cost, one above the other.
+        x, height = max(points[name][0] for name in group) * 1.05, -9.0
+        free = 104.0 - 3.5 * len(group)
+        for name in group:
+            free += 3.5
+            height = max(height + 3.5, min(points[name][1], free))
+            axes.annotate(
+                name,
+                points[name],
+                (x, height),
+                fontsize=8,
+                va="center",
+                arrowprops={"arrowstyle": "-", "lw": 0.4, "color": "grey", "relpos": (0, 0.5)},
+            )
+    axes.set_xscale("log")
+    axes.margins(x=0.25)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
+    axes.tick_params(axis="x", which="both", length=4, pad=4)
+    axes.set_ylim(-9, 108)
+    axes.set_xlabel("MFLOPs per example")
+    axes.set_ylabel("exact match, %")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    return _save(figure, Path(path))
+
+
+def _near(points: Mapping[str, tuple[float, float]], ratio: float = 1.2) -> list[list[str]]:
+    """The names of points whose first numbers differ by little, each group from below upwards."""
+    groups: list[list[str]] = []
+    for name in sorted(points, key=lambda name: points[name]):
+        if groups and points[name][0] <= ratio * points[groups[-1][0]][0]:
+            groups[-1].append(name)
+        else:
+            groups.append([name])
+    return [sorted(group, key=lambda name: points[name][1]) for group in groups]
 
 
 def ratios(bars: Mapping[str, float], path: str | Path) -> Path:

@@ -1,9 +1,10 @@
 """The embedded default, end to end: the main job of ``launch/local_run.sh``.
 
 For each seed: hyperpretraining and multi-task fine-tuning of HyperT5-Prefix and HyperT5-LoRA on a
-shipped small backbone, the baselines with that same backbone, evaluation on held-out tasks, then a
-task file to an adapter, its outputs, and a PEFT folder. Every step is what a command of the same
-name does; the folder it leaves can be used with all of them.
+shipped small backbone, the baselines with that same backbone (and, if asked for, every other
+system), evaluation on held-out tasks, then a task file to an adapter, its outputs, and a PEFT
+folder. Every step is what a command of the same name does; the folder it leaves can be used with
+all of them.
 """
 
 from __future__ import annotations
@@ -11,40 +12,61 @@ from __future__ import annotations
 import importlib.resources
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hyper_t5 import config as config_lib
-from hyper_t5 import evaluate, files, plots, serve, train, workdir
-from hyper_t5.overrides import Override
+from hyper_t5 import cost, evaluate, files, plots, serve, train, workdir
+from hyper_t5.hypermodels import SYSTEMS
+from hyper_t5.overrides import Override, choose
 from hyper_t5.tasks import synthetic
 
 CONFIG = "configs/quickstart.py"
 BACKBONE = "assets/quickstart_backbone"
 METRIC = "strict_match"
-# name in the table -> (config arguments, whether it is trained here)
-ARMS = {
-    "no adapter": ("system=none", False),
-    "shared prefix": ("system=shared_prefix", True),
-    "shared LoRA": ("system=shared_lora", True),
-    "HyperT5-LoRA": ("system=hyper_lora", True),
-    "HyperT5-Prefix": ("system=hyper_prefix", True),
-    "text concatenated": ("system=concat", False),
+ALL = "all"
+DEFAULT = ("none", "shared_prefix", "shared_lora", "hyper_lora", "hyper_prefix", "concat")
+HYPERPRETRAINED = ("hyper_lora", "hyper_prefix")
+CONCAT = "concat"  # the shipped backbone itself: it was trained so, and is not trained again
+ARMS = {  # system -> its name in the table, where that is another
+    "hyper_prefix": "HyperT5-Prefix",
+    "hyper_lora": "HyperT5-LoRA",
+    "hyper_prefix_plus": "HyperTuning+ prefix",
+    "hyper_lora_plus": "HyperTuning+ LoRA",
+    "hint": "HINT",
+    "hyperdecoder": "Hyperdecoder",
+    "text_to_lora": "Text-to-LoRA style",
+    "cached": "cached conditioning",
+    "fid_icl": "FiD-ICL",
+    CONCAT: "text concatenated",
+    "shared_lora": "shared LoRA",
+    "shared_prefix": "shared prefix",
+    "shared_bottleneck": "shared bottleneck",
+    "task_lora": "LoRA per task",
+    "task_prefix": "prefix per task",
+    "task_bottleneck": "bottleneck per task",
+    "none": "no adapter",
 }
-HYPERPRETRAINED = ("HyperT5-LoRA", "HyperT5-Prefix")
 
 
 def main(
-    out: str | Path, seeds: Sequence[int] = (0,), backbone: str | Path | None = None
+    out: str | Path,
+    seeds: Sequence[int] = (0,),
+    backbone: str | Path | None = None,
+    systems: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Run it; returns and writes (OUT/results.json) the numbers of every arm and seed."""
+    """Run it; returns and writes (OUT/results.json) the numbers of every arm and seed.
+
+    ``systems``: names in ``hypermodels.SYSTEMS``, or ``all``; none is DEFAULT.
+    """
     out, began = Path(out), time.monotonic()
+    chosen = _chosen(systems or DEFAULT)
     backbone = Path(backbone) if backbone else shipped_backbone()
-    runs = {seed: _one_seed(out / f"seed{seed}", seed, backbone) for seed in seeds}
-    arms = {arm: _over_seeds([runs[s][arm] for s in seeds]) for arm in ARMS}
+    runs = {seed: _one_seed(out / f"seed{seed}", seed, backbone, chosen) for seed in seeds}
+    arms = {ARMS.get(s, s): _over_seeds([runs[seed][s] for seed in seeds]) for s in chosen}
     results = {
         "seeds": list(seeds),
         "metric": METRIC,
@@ -57,12 +79,20 @@ def main(
         out / "results.png",
         METRIC,
     )
-    shown = _use(out, out / f"seed{seeds[0]}", backbone)
+    costs = plots.quality_by_cost(_points(arms), out / "costs.png")
+    shown = _use(out, out / f"seed{seeds[0]}", backbone, chosen)
     print(f"\n{summary(results)}\n")
-    print(f"plot: {plot}\nnumbers: {out / 'results.json'}")
+    print(f"plot: {plot}\nplot of costs: {costs}\nnumbers: {out / 'results.json'}")
     for what, path in shown.items():
         print(f"{what}: {path}")
     return results
+
+
+def _chosen(systems: Sequence[str]) -> list[str]:
+    """The systems that these names say, each once."""
+    for name in systems:
+        choose("--systems", name, [ALL, *SYSTEMS])
+    return list(dict.fromkeys(SYSTEMS if ALL in systems else systems))
 
 
 def shipped_backbone() -> Path:
@@ -70,23 +100,29 @@ def shipped_backbone() -> Path:
     return Path(str(importlib.resources.files("hyper_t5"))) / BACKBONE
 
 
-def _one_seed(folder: Path, seed: int, backbone: Path) -> dict[str, Any]:
-    """arm -> its evaluation report."""
+def _one_seed(
+    folder: Path, seed: int, backbone: Path, systems: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """system -> its evaluation report; its seconds of training are those of both stages."""
     reports = {}
-    for arm, (argument, trained) in ARMS.items():
-        place = folder / argument.removeprefix("system=")
+    for system in systems:
+        argument, place = f"system={system}", folder / system
+        arm, before = ARMS.get(system, system), 0.0
         fields = {"backbone.path": str(backbone)}
-        if arm in HYPERPRETRAINED:
+        if system in HYPERPRETRAINED:
             first = place.with_name(place.name + "_hyperpretrain")
             print(f"\n== seed {seed}: {arm}, hyperpretraining", flush=True)
             _train(f"{argument},stage=hyperpretrain,seed={seed}", first, fields)
             fields["hypermodel.path"] = str(first)
+            before = cost.training_seconds(first) or 0.0
         print(f"\n== seed {seed}: {arm}", flush=True)
-        if trained:
+        if SYSTEMS[system].trains and system != CONCAT:
             _train(f"{argument},seed={seed}", place, fields)
         else:
             workdir.check_resume(place, _config(f"{argument},seed={seed}", fields))
-        reports[arm] = evaluate.evaluate_workdir(place)
+        reports[system] = evaluate.evaluate_workdir(place)
+        if before:
+            reports[system]["seconds"]["train"] += before
     return reports
 
 
@@ -105,27 +141,29 @@ def _train(argument: str, place: Path, fields: dict[str, str]) -> None:
         train.train(config, place)
 
 
-def _use(out: Path, run: Path, backbone: Path) -> dict[str, Path]:
+def _use(out: Path, run: Path, backbone: Path, systems: Sequence[str]) -> dict[str, Path]:
     """A held-out task from its file to an adapter, to outputs, to a PEFT folder."""
     name, task = next(iter(synthetic.suite()["unseen_compositions"].items()))
     task_file, rows, outputs = out / "task.json", out / "rows.jsonl", out / "outputs.jsonl"
     files.write_json(task_file, task)
     files.write_json_lines(rows, [{"input": row["input"]} for row in task["Instances"][:5]])
-    adapter = serve.adapt(run / "hyper_prefix", task_file, out / "adapter")
-    serve.predict(backbone, [adapter], rows, outputs, max_decode_length=8)
-    print(f"\n== {name}: {task['Definition'][0]}")
-    for line, row in zip(outputs.read_text().splitlines(), task["Instances"], strict=False):
-        print(f"  {row['input']} -> {json.loads(line)['output']}  (expected {row['output'][0]})")
-    peft = serve.adapt(
-        run / "hyper_lora", task_file, out / "adapter_peft", "peft", str(out / "backbone_hf")
-    )
-    return {
-        "adapter": adapter,
-        "PEFT adapter": peft,
-        "its backbone in Hugging Face's layout": serve.export(
-            None, out / "backbone_hf", "backbone", backbone
-        ),
-    }
+    made = {}
+    if "hyper_prefix" in systems:
+        made["adapter"] = serve.adapt(run / "hyper_prefix", task_file, out / "adapter")
+        serve.predict(backbone, [made["adapter"]], rows, outputs, max_decode_length=8)
+        print(f"\n== {name}: {task['Definition'][0]}")
+        for line, row in zip(outputs.read_text().splitlines(), task["Instances"], strict=False):
+            print(
+                f"  {row['input']} -> {json.loads(line)['output']}  (expected {row['output'][0]})"
+            )
+    if "hyper_lora" in systems:
+        base = out / "backbone_hf"
+        made["PEFT adapter"] = serve.adapt(
+            run / "hyper_lora", task_file, out / "adapter_peft", "peft", str(base)
+        )
+        what = "its backbone in Hugging Face's layout"
+        made[what] = serve.export(None, base, "backbone", backbone)
+    return made
 
 
 # ------------------------------------------------------------------------------------------ tables
@@ -136,7 +174,18 @@ def _over_seeds(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
         split: [r["splits"][split]["overall"][METRIC] for r in reports]
         for split in synthetic.HELD_OUT
     }
-    return {"trained_parameters": reports[0]["trained_parameters"], "scores": scores}
+    same = ("system", "trained_parameters", "generated_parameters", "flops")
+    seconds = {stage: [r["seconds"][stage] for r in reports] for stage in ("train", "evaluate")}
+    return {**{k: reports[0][k] for k in same}, "seconds": seconds, "scores": scores}
+
+
+def _points(arms: Mapping[str, dict[str, Any]]) -> dict[str, tuple[float, float]]:
+    """arm -> (MFLOPs per example, % of the first split)."""
+    split = synthetic.HELD_OUT[0]
+    return {
+        name: (arm["flops"]["per_example"] / evaluate.MEGA, float(np.mean(arm["scores"][split])))
+        for name, arm in arms.items()
+    }
 
 
 def _mean_splits(arm: dict[str, Any]) -> dict[str, Any]:
@@ -144,18 +193,34 @@ def _mean_splits(arm: dict[str, Any]) -> dict[str, Any]:
 
 
 def summary(results: dict[str, Any]) -> str:
-    """The closing table: exact match by arm and split, and as a share of the concatenated text."""
+    """The closing table: exact match by arm and split, as a share of the concatenated text, costs.
+
+    FLOPs per example are those with the text in front of the input, and as the arm has it.
+    """
     arms = results["arms"]
-    best = {s: np.mean(v) for s, v in arms["text concatenated"]["scores"].items()}
-    lines = [
-        f"{'exact match, %':<20}{'trained':>10}"
-        + "".join(f"{split.replace('_', ' '):>22}{'of concat':>11}" for split in synthetic.HELD_OUT)
+    best = arms.get(ARMS[CONCAT], {}).get("scores", {})
+    heads = [
+        ("exact match, %", "(of concatenated)" if best else ""),
+        ("trained", ""),
+        ("emitted", "per task"),
+        *(split.split("_", 1) for split in synthetic.HELD_OUT),
+        ("MFLOPs,", "concat"),
+        ("MFLOPs,", "adapters"),
+        ("MFLOPs", "per task"),
+        ("train", "s"),
+        ("eval", "s"),
     ]
+    lines = [list(line) for line in zip(*heads, strict=True)]
     for name, arm in arms.items():
-        line = f"{name:<20}{arm['trained_parameters']:>10,}"
+        line = [name, f"{arm['trained_parameters']:,}", f"{arm['generated_parameters']:,}"]
         for split, values in arm["scores"].items():
-            spread = f" ±{np.std(values):.1f}" if len(values) > 1 else ""
-            line += f"{f'{np.mean(values):.1f}{spread}':>22}"
-            line += f"{100 * np.mean(values) / max(best[split], 1e-9):>10.0f}%"
+            line.append(f"{np.mean(values):.1f}")
+            line[-1] += f" ±{np.std(values):.1f}" if len(values) > 1 else ""
+            if best:
+                line[-1] += f" ({100 * np.mean(values) / max(np.mean(best[split]), 1e-9):.0f}%)"
+        for what in ("concatenated", "per_example", "per_task"):
+            line.append(f"{arm['flops'][what] / evaluate.MEGA:.1f}")
+        for seconds in arm["seconds"].values():
+            line.append("-" if None in seconds else f"{np.mean(seconds):.0f}")
         lines.append(line)
-    return "\n".join(lines)
+    return evaluate.aligned(lines, right=True)

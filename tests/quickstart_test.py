@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import runs
 
-from hyper_t5 import adapters, checkpoint, cli, export, quickstart, weights
+from hyper_t5 import adapters, checkpoint, cli, cost, export, model, plots, quickstart, weights
 from hyper_t5 import config as config_lib
+from hyper_t5.hypermodels import SYSTEMS
 from hyper_t5.tasks import synthetic
 
 TRAINED = ("shared_prefix", "shared_lora", "hyper_lora", "hyper_prefix")
@@ -43,13 +44,21 @@ def test_numbers_of_every_arm(done: Any) -> None:
     folder, results, _ = done
     assert json.loads((folder / "results.json").read_text()) == results
     assert results["seeds"] == [0]
-    assert tuple(results["arms"]) == tuple(quickstart.ARMS)
+    names = ["no adapter", "shared prefix", "shared LoRA", "HyperT5-LoRA", "HyperT5-Prefix"]
+    assert list(results["arms"]) == [*names, "text concatenated"]
     suite = synthetic.suite()
-    for name, (argument, _) in quickstart.ARMS.items():
-        system, arm = argument.removeprefix("system="), results["arms"][name]
+    for system, arm in zip(quickstart.DEFAULT, results["arms"].values(), strict=True):
         [file] = (folder / "seed0" / system / "eval").glob("*/metrics.json")
         report = json.loads(file.read_text())
-        assert report["system"] == system
+        assert report["system"] == arm["system"] == system
+        for what in ("generated_parameters", "flops"):
+            assert arm[what] == report[what]
+        before = cost.training_seconds(folder / "seed0" / f"{system}_hyperpretrain")
+        assert (before is not None) == (system in ("hyper_lora", "hyper_prefix"))
+        own = report["seconds"]["train"]
+        assert (own is None) == (system in ("none", "concat"))
+        assert arm["seconds"]["train"] == [own if own is None else own + (before or 0)]
+        assert arm["seconds"]["evaluate"] == [report["seconds"]["evaluate"]]
         assert tuple(report["splits"]) == tuple(arm["scores"]) == synthetic.HELD_OUT
         assert arm["trained_parameters"] == report["trained_parameters"]
         for split, told in report["splits"].items():
@@ -86,7 +95,7 @@ def test_a_task_to_an_adapter_to_outputs(done: Any) -> None:
     asked = [instance["input"] for instance in task["Instances"][:5]]
     assert [row["input"] for row in rows] == asked
     assert all(row["output"] for row in rows)
-    loaded, meta = adapters.load(folder / "adapter")
+    loaded, meta, _ = adapters.load(folder / "adapter")
     assert loaded.spec.prefix is not None
     assert meta["instruction"] == task["Definition"][0]
     told = printed.index(f"== {name}: {task['Definition'][0]}")
@@ -117,43 +126,105 @@ def test_it_ends_with_the_table_and_where_things_are(done: Any) -> None:
     assert printed[start + len(table) :] == [
         "",
         f"plot: {folder / 'results.png'}",
+        f"plot of costs: {folder / 'costs.png'}",
         f"numbers: {folder / 'results.json'}",
         f"adapter: {folder / 'adapter'}",
         f"PEFT adapter: {folder / 'adapter_peft'}",
         f"its backbone in Hugging Face's layout: {folder / 'backbone_hf'}",
     ]
-    assert np.asarray(matplotlib.image.imread(folder / "results.png")).std() > 0.05
+    for plot in ("results.png", "costs.png"):
+        assert np.asarray(matplotlib.image.imread(folder / plot)).std() > 0.05
 
 
-def test_summary_has_means_spread_and_share_of_concat() -> None:
+def test_summary_has_means_spread_share_of_concat_and_costs() -> None:
     first, second = synthetic.HELD_OUT
-    arms = {
+    arms: dict[str, Any] = {
         "HyperT5-LoRA": {
             "trained_parameters": 1_234_567,
+            "generated_parameters": 4321,
+            "flops": {"per_task": 60.54e6, "per_example": 10.44e6, "concatenated": 53e6},
+            "seconds": {"train": [100.0, 140.0], "evaluate": [7.2, 7.0]},
             "scores": {first: [40.0, 60.0], second: [0.0, 0.0]},
         },
         "text concatenated": {
             "trained_parameters": 700_000,
+            "generated_parameters": 0,
+            "flops": {"per_task": 0.0, "per_example": 53e6, "concatenated": 53e6},
+            "seconds": {"train": [None, None], "evaluate": [8.0, 8.0]},
             "scores": {first: [80.0, 80.0], second: [100.0, 90.0]},
         },
     }
-    head, lora, concat = quickstart.summary({"arms": arms}).splitlines()
-    assert head.split("  ")[0] == "exact match, %"
-    assert [name in head for name in ("unseen compositions", "unseen wordings")] == [True, True]
-    assert lora.split() == [
-        "HyperT5-LoRA",
-        "1,234,567",
-        "50.0",
-        "±10.0",
-        "62%",
-        "0.0",
-        "±0.0",
-        "0%",
-    ]
-    assert concat.split()[2:] == ["700,000", "80.0", "±0.0", "100%", "95.0", "±5.0", "100%"]
-    assert len(head) == len(lora) == len(concat)
-    alone = {name: {**arm, "scores": {first: [40.0]}} for name, arm in arms.items()}
+    head, below, lora, concat = quickstart.summary({"arms": arms}).splitlines()
+    assert [head.split("  ")[0], below.split("  ")[0]] == ["exact match, %", "(of concatenated)"]
+    assert [name in below for name in ("compositions", "wordings")] == [True, True]
+    numbers = ["1,234,567", "4,321", "50.0", "±10.0", "(62%)", "0.0", "±0.0", "(0%)"]
+    assert lora.split() == ["HyperT5-LoRA", *numbers, "53.0", "10.4", "60.5", "120", "7"]
+    numbers = ["700,000", "0", "80.0", "±0.0", "(100%)", "95.0", "±5.0", "(100%)"]
+    assert concat.split()[2:] == [*numbers, "53.0", "53.0", "0.0", "-", "8"]
+    assert len({len(line) for line in (head, below, lora, concat)}) == 1
+    alone = {name: {**arm, "scores": {first: [40.0], second: [1.0]}} for name, arm in arms.items()}
     assert "±" not in quickstart.summary({"arms": alone})
+    del alone["text concatenated"]
+    assert "(" not in quickstart.summary({"arms": alone})
+
+
+def test_the_table_is_not_too_wide() -> None:
+    scores = {split: [100.0] for split in synthetic.HELD_OUT}
+    flops = dict.fromkeys(("per_task", "per_example", "concatenated"), 1e8)
+    seconds = {"train": [300.0], "evaluate": [10.0]}
+    arm = {"flops": flops, "seconds": seconds, "scores": scores}
+    arm |= dict.fromkeys(("trained_parameters", "generated_parameters"), 9_999_999)
+    table = quickstart.summary({"arms": dict.fromkeys(quickstart.ARMS.values(), arm)})
+    assert len(table.splitlines()[0]) <= 115
+
+
+def test_points_of_quality_and_cost(tmp_path: Path) -> None:
+    first, second = synthetic.HELD_OUT
+    flops = {"per_task": 3e6, "per_example": 10e6, "concatenated": 99e6}
+    arms = {"HINT": {"flops": flops, "scores": {first: [40.0, 60.0], second: [1.0, 2.0]}}}
+    assert quickstart._points(arms) == {"HINT": (10.0, 50.0)}
+    points = {"a": (10.0, 0.0), "b": (11.0, 0.0), "c": (10.5, 99.0), "d": (60.0, 99.0)}
+    assert plots._near(points) == [["a", "b", "c"], ["d"]]
+    pictures = {
+        plots.quality_by_cost(shown, tmp_path / "costs.png").read_bytes()
+        for shown in (points, points | {"d": (60.0, 50.0)}, points | {"e": (12.0, 0.0)})
+    }
+    assert len(pictures) == 3
+
+
+# ------------------------------------------------------------------------------------- systems
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_settings_of_every_system(system: str) -> None:
+    config = config_lib.load(f"configs/quickstart.py:system={system}", ["backbone.path=somewhere"])
+    config_lib.validate(config)
+    m = model.build(config, config_lib.t5_config(config))
+    assert config.stage == ("peft" if m.task_slots else "mtf")
+    assert system in quickstart.ARMS
+    assert len(set(quickstart.ARMS.values())) == len(quickstart.ARMS)
+
+
+def test_systems_of_ones_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.py").write_text(runs.QUICKSTART)
+    monkeypatch.setattr(quickstart, "CONFIG", str(tmp_path / "config.py"))
+    chosen, out = ("cached", "hyperdecoder", "task_lora"), tmp_path / "out"
+    assert cli.main(["quickstart", f"--out={out}", "--systems", *chosen, "cached"]) == 0
+    arms = json.loads((out / "results.json").read_text())["arms"]
+    assert [arm["system"] for arm in arms.values()] == list(chosen)
+    assert list(arms) == ["cached conditioning", "Hyperdecoder", "LoRA per task"]
+    assert {path.name for path in (out / "seed0").iterdir()} == set(chosen)
+    assert [checkpoint.latest_step(out / "seed0" / name) for name in chosen] == [None, 2, 2]
+    tasks = model.tasks_of(out / "seed0" / "task_lora")
+    assert len(tasks) == sum(len(synthetic.suite()[split]) for split in synthetic.HELD_OUT)
+    # A frozen backbone that reads the text in its input, with adapters that do next to nothing.
+    assert min(split[0] for split in arms["Hyperdecoder"]["scores"].values()) > 60
+    assert not (out / "adapter").exists()
+
+
+def test_all_is_every_system() -> None:
+    assert quickstart._chosen(["hint", "all"]) == list(SYSTEMS)
+    assert quickstart._chosen(quickstart.DEFAULT) == list(quickstart.DEFAULT)
 
 
 @pytest.mark.slow
@@ -164,6 +235,8 @@ def test_a_second_start_trains_nothing_again(
     checkpoints = sorted(folder.rglob("COMMITTED.json"))
     before = [path.stat().st_mtime_ns for path in checkpoints]
     again = runs.quickstart_steps(folder, patch)
+    for arm in (*again["arms"].values(), *results["arms"].values()):
+        del arm["seconds"]["evaluate"]
     assert {**again, "minutes": 0} == {**results, "minutes": 0}
     assert sorted(folder.rglob("COMMITTED.json")) == checkpoints
     assert [path.stat().st_mtime_ns for path in checkpoints] == before
@@ -175,3 +248,6 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     err = capsys.readouterr().err
     assert f"{tmp_path / 'no'}: does not exist" in err
     assert err.count("\n") == 1
+    assert "--systems 'hnt', the nearest is 'hint'; known: all, hyper_prefix" in runs.fails(
+        capsys, "quickstart", f"--out={tmp_path / 'out'}", "--systems", "none", "hnt"
+    )
