@@ -76,7 +76,7 @@ def test_every_layer_is_counted(system: str) -> None:
     """XLA counts the body of a loop once: of the backbone, and of the hypermodel's reader."""
 
     def layers(count: int) -> dict[str, float]:
-        both = {"num_encoder_layers": count, "num_decoder_layers": count}
+        both: Any = {"num_encoder_layers": count, "num_decoder_layers": count}
         sizes = dataclasses.replace(SIZES, **both, vocab_size=2)
         return cost.flops(make_config(system), sizes)
 

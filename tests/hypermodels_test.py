@@ -30,7 +30,7 @@ pytestmark = pytest.mark.smoke
 
 LENGTH, GISTS, RANK = 7, 3, 4
 # Two tasks of two rows each; texts, inputs and targets of ragged length.
-BATCH = {
+BATCH: dict[str, Any] = {
     "hyper_inputs": ids(2, LENGTH, seed=2),
     "inputs": ids(4, 6).reshape(2, 2, 6),
     "targets": ids(4, 5, seed=1).reshape(2, 2, 5),
@@ -450,7 +450,12 @@ def test_a_hyperdecoder_generates_once_for_all_steps(monkeypatch: pytest.MonkeyP
     m, trained = moved("hyperdecoder")
     rows, calls = BATCH["inputs"].reshape(4, 6), []
     generate = model.generate
-    monkeypatch.setattr(model, "generate", lambda *a: calls.append(a[2].shape) or generate(*a))
+
+    def counted(*given: Any) -> Any:
+        calls.append(given[2].shape)
+        return generate(*given)
+
+    monkeypatch.setattr(model, "generate", counted)
     found = model.respond(m, trained, None, rows, jnp.zeros(4, jnp.int32), steps=5)
     assert calls == [(4, 6)]
     # And it is what teacher forcing says, each row by its own adapters.

@@ -257,5 +257,5 @@ def test_a_folder_whose_generator_does_not_fit_is_named(root: Path, tmp_path: Pa
         serve.export(folder, tmp_path / "out", "merged", root / "backbone")
     config = model.load_run(trained(root, "fid_icl"))[0]
     config.hypermodel.path = str(tmp_path)
-    with pytest.raises(UserError, match="hypermodel.path: system=fid_icl trains no hypermodel"):
+    with pytest.raises(UserError, match=r"hypermodel\.path: system=fid_icl trains no hypermodel"):
         runs.run(config, tmp_path / "run")
