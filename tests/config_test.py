@@ -267,7 +267,9 @@ def test_shipped_config_is_found_from_any_directory(tmp_path: Path) -> None:
     """The layout that a wheel installs, and a folder where no configs/ is."""
     site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
     elsewhere.mkdir()
-    for source, target in [("hyper_t5", "hyper_t5"), ("configs", "hyper_t5/configs")]:
+    folders = {"hyper_t5": "hyper_t5", "configs": "hyper_t5/configs"}
+    folders["hyper_t5/hypermodels"] = "hyper_t5/hypermodels"
+    for source, target in folders.items():
         (site / target).mkdir(parents=True)
         for file in (REPO / source).glob("*.py"):
             (site / target / file.name).write_bytes(file.read_bytes())
