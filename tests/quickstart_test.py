@@ -189,7 +189,9 @@ def test_points_of_quality_and_cost(tmp_path: Path) -> None:
         plots.quality_by_cost(shown, tmp_path / "costs.png").read_bytes()
         for shown in (points, points | {"d": (60.0, 50.0)}, points | {"e": (12.0, 0.0)})
     }
-    assert len(pictures) == 3
+    named = {name.upper(): point for name, point in points.items()}
+    pictures.add(plots.quality_by_cost(named, tmp_path / "costs.png").read_bytes())
+    assert len(pictures) == 4
 
 
 # ------------------------------------------------------------------------------------- systems
