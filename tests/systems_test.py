@@ -259,3 +259,25 @@ def test_a_folder_whose_generator_does_not_fit_is_named(root: Path, tmp_path: Pa
     config.hypermodel.path = str(tmp_path)
     with pytest.raises(UserError, match=r"hypermodel\.path: system=fid_icl trains no hypermodel"):
         runs.run(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize("system", ["hint", "hyper_prefix_plus"])
+def test_the_second_stage_starts_from_both_that_the_first_trained(
+    root: Path, tmp_path: Path, system: str
+) -> None:
+    """Where the backbone is trained too, a stage hands over that and the hypermodel."""
+    fields = {"system": system, "data__sni_dir": str(root / "sni"), "train__steps": 2}
+    fields |= {"adapter__bottleneck_sizes": (3,), "adapter__prefix_sites": ("enc_self",)}
+    three = {"data__text_split": "three_way", "data__chunk_length": 24, "data__input_length": 24}
+    three |= {"data__target_length": 24, "stage": "hyperpretrain"}
+    first = runs.make_config(backbone__path=str(root / "backbone"), **fields, **three)
+    runs.run(first, tmp_path / "first")
+    both = {"backbone__path": str(tmp_path / "first"), "hypermodel__path": str(tmp_path / "first")}
+    second = runs.make_config(**fields, **both)
+    _, _, begun, _ = model.start(second)
+    left, _ = checkpoint.load_subtree(tmp_path / "first", "params")
+    assert not any(map(np.any, _differences(begun, left)))
+    runs.run(second, tmp_path / "second")
+    _, m, _, params = model.load_run(tmp_path / "second")
+    assert model.trained_parameters(m, params) == model.count(left)
+    assert any(map(np.any, _differences(params, left)))
