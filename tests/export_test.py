@@ -273,7 +273,7 @@ def test_bad_adapters_are_refused(tmp_path: Path) -> None:
         export.export_peft(tmp_path / "a", adapters, GATED, "base", 5)
     with pytest.raises(UserError, match="this backbone"):
         export_to(tmp_path, adapters, dataclasses.replace(GATED, emb_dim=32))
-    with pytest.raises(UserError, match="a prefix is no change of the weights"):
+    with pytest.raises(UserError, match="only LoRA is a change of the weights; prefixes"):
         export.merge_lora(backbone(GATED), random_adapters(DEC_PREFIX, GATED))
     wide = random_adapters(lora("enc_self.query"), dataclasses.replace(GATED, emb_dim=32))
     with pytest.raises(UserError, match=r"enc_self\.query gives \[1, 32, 16\]"):
