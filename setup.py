@@ -24,6 +24,7 @@ REQUIRES = [
     "absl-py>=2.1,<3",
     "etils[epath]>=1.12,<2",
     "flax>=0.12.8,<0.13",
+    "google-crc32c>=1.5,<2",
     "jax>=0.10.2,<0.13",
     "matplotlib>=3.9,<4",
     "ml-collections>=1.1,<2",
@@ -32,10 +33,10 @@ REQUIRES = [
     "numpy>=2.0,<3",
     "optax>=0.2.8,<0.3",
     "orbax-checkpoint>=0.12.8,<0.13",
-    "protobuf>=7.36,<8",
+    "protobuf>=6.33.5,<8",
     "rouge-score>=0.1.2,<0.2",
     "safetensors>=0.8,<0.9",
-    "sentencepiece>=0.2.1,<0.3",
+    "sentencepiece>=0.2.1,<0.2.3",  # 0.2.3 wants protobuf 7, which apache-beam refuses
     "seqio>=0.0.20,<0.1",
     "tensorboardX>=2.6.4,<3",
     "tensorflow>=2.21,<2.22",
@@ -49,7 +50,10 @@ EXTRAS = {
     "tpu": ["jax[tpu]>=0.10.2,<0.13", "libtpu>=0.0.42,<0.0.51"],
     # CUDA 12 runs on every driver from 525 on, those for CUDA 13 too.
     "gpu": ["jax[cuda12]>=0.10.2,<0.13"],
+    # What `tfds build` and `seqio_cache_tasks` run in; it wants protobuf below 7.
+    "beam": ["apache-beam>=2.70,<3"],
     "test": [
+        "apache-beam>=2.70,<3",
         "hypothesis>=6.150,<7",
         "mypy>=2.4,<3",
         "peft>=0.21,<0.22",

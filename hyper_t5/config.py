@@ -83,8 +83,13 @@ def defaults() -> ConfigDict:
         "data": {
             "mixture": "synthetic",
             "sni_dir": "",  # Super-NaturalInstructions: the folder that holds tasks/ and splits/
+            "p3_dir": "",  # P3 as on the hub: <task>/{info,stats}.<split>.json and TFRecords
+            "p3_prompts": "",  # a file of prompts with their fields masked; see tasks/p3.py
+            "metaicl_dir": "",  # MetaICL: the folder that holds data/ and config/
+            "metaicl_setting": "hr_to_lr",  # a file of its config/
             "glue_dir": "",  # GLUE as jsonl files; see tasks/glue.py
             "qa_dir": "",  # SQuAD or MRQA files; see tasks/extractive_qa.py
+            "store": "",  # a store made by `hyper-t5 build`: the mixture's tasks are read from it
             "text": "",  # a .jsonl, .jsonl.xz, .txt, folder or glob; tfds:NAME; or 'synthetic'
             "cache_dir": "",  # for tokenised text; '' = the user's cache folder
             "vocab": "",  # '' = the mixture's own | 'bytes' | a SentencePiece .model file
@@ -96,11 +101,22 @@ def defaults() -> ConfigDict:
             "examples_per_task": 4,  # rows of a batch: their product
             "shots": (0, 2),  # fewest and most examples shown to the hypermodel, per episode
             "use_instruction": True,
+            # '' = by shots and use_instruction | 'def' | 'def_pos_2' (instruction and the task's
+            # first 2 examples) | 'pos_2' (2 examples drawn from the task alone); any number for 2
+            "variant": "",
+            # how instruction, examples and inputs are written: 'labelled' | 'tk_instruct' |
+            # 'metaicl'; see prompts.py
+            "encoding": "labelled",
+            "example_length": 0,  # tokens of a shown example, of which the input is cut; 0 = any
+            "concat_length": 0,  # of text and input in one (system=concat); 0 = room for both
+            "on_long_examples": "drop",  # 'drop' whole ones, last first | 'cut_left' (MetaICL's)
+            "pack": False,  # several examples of a task in each row, without padding in between
             "on_missing_task": "raise",  # 'raise' | 'skip' tasks of a split that have no file
             "on_bad_row": "raise",  # 'raise' | 'skip' (counted and printed)
+            "empty_targets": "raise",  # 'raise' | 'skip' | 'keep': rows whose output is nothing
             "on_long_instruction": "raise",  # 'raise' | 'truncate'
             "chunk_length": 512,  # tokens of text that hyperpretraining cuts
-            "text_split": "caclm",  # 'caclm' (A|B|C|D) | 'three_way' (HINT's)
+            "text_split": "caclm",  # 'caclm' (A|B|C|D) | 'three_way', 'six_way' (HINT's)
             "segment_shares": (0.25, 0.25),  # the largest of B, and of C, as shares of a chunk
             "max_instances_per_task": 0,  # 0 = all
         },
@@ -283,9 +299,12 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "adapter.position_bias": ("hf", "zero"),
     "adapter.bottleneck_activation": ("gelu", "relu", "silu", "tanh"),
     "adapter.bottleneck_input": ("normed", "raw"),
-    "data.text_split": ("caclm", "three_way"),
+    "data.text_split": ("caclm", "three_way", "six_way"),
+    "data.encoding": ("labelled", "tk_instruct", "metaicl"),
     "data.on_missing_task": ("raise", "skip"),
     "data.on_bad_row": ("raise", "skip"),
+    "data.empty_targets": ("raise", "skip", "keep"),
+    "data.on_long_examples": ("drop", "cut_left"),
     "data.on_long_instruction": ("raise", "truncate"),
     "optimizer.name": ("adafactor", "adamw"),
     "optimizer.schedule": ("constant", "linear", "cosine", "rsqrt"),
@@ -296,6 +315,8 @@ _AT_LEAST: dict[int, tuple[str, ...]] = {
         "hypermodel.gist_tokens",
         "data.extra_ids",
         "data.max_instances_per_task",
+        "data.example_length",
+        "data.concat_length",
         "train.z_loss",
         "adapter.task_slots",
         "optimizer.warmup_steps",

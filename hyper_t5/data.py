@@ -55,6 +55,8 @@ __all__ = [
 MIXTURES = {
     "synthetic": "hyper_t5.tasks.synthetic",
     "sni": "hyper_t5.tasks.super_ni",
+    "p3": "hyper_t5.tasks.p3",
+    "metaicl": "hyper_t5.tasks.metaicl",
     "glue": "hyper_t5.tasks.glue",
     "extractive_qa": "hyper_t5.tasks.extractive_qa",
 }

@@ -22,10 +22,10 @@ import dataclasses
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
 
@@ -47,21 +47,63 @@ Example = tuple[str, str]  # input, output
 
 @dataclass(frozen=True)
 class Row:
-    """One instance: the backbone's input and every accepted output (one or more)."""
+    """One instance: the backbone's input and every accepted output (one or more).
+
+    `options` are the outputs to choose from, for tasks that are a choice; the accepted are of them.
+    """
 
     id: str
     input: str
     outputs: tuple[str, ...]
+    options: tuple[str, ...] = ()
+
+
+class LazyRows(Sequence[Row]):
+    """Rows that stay where they are and are read one by one, when asked for.
+
+    `read` gives a row of the source by its number there; `numbers` are those that belong, in order.
+    A slice is again lazy. What `read` raises is for the source to say: a bad row is found when the
+    source is opened, not here.
+    """
+
+    def __init__(self, read: Callable[[int], Row], numbers: range | np.ndarray) -> None:
+        self._read = read
+        self._numbers = numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> LazyRows: ...
+
+    def __getitem__(self, index: int | slice) -> Row | LazyRows:
+        if isinstance(index, slice):
+            return LazyRows(self._read, self._numbers[index])
+        return self._read(int(self._numbers[index]))
+
+    def take(self, places: np.ndarray) -> LazyRows:
+        """The rows at these places, in their order."""
+        return LazyRows(self._read, np.asarray(self._numbers)[places])
+
+
+def take_rows(rows: Sequence[Row], places: Sequence[int] | np.ndarray) -> Sequence[Row]:
+    """The rows at these places, in their order; lazy rows stay lazy."""
+    if isinstance(rows, LazyRows):
+        return rows.take(np.asarray(places, np.int64))
+    return tuple(rows[i] for i in places)
 
 
 @dataclass(frozen=True)
 class TaskRows:
-    """One task in memory. `rate` is its weight in a mixture; `skipped` counts bad rows by field."""
+    """One task. `rate` is its weight in a mixture; `skipped` counts bad rows by field."""
 
     name: str
     instructions: tuple[str, ...]  # alternative wordings; most tasks have one
     examples: tuple[Example, ...]  # the pool that shown examples come from
-    rows: tuple[Row, ...]
+    rows: Sequence[Row]  # in memory, or LazyRows
     category: str = ""
     rate: float = 1.0
     skipped: Mapping[str, int] = dataclasses.field(default_factory=dict)

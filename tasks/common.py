@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from hyper_t5.errors import UserError
-from hyper_t5.taskfile import TaskRows
+from hyper_t5.taskfile import TaskRows, take_rows
 from hyper_t5.vocab import ByteVocabulary, SentencePieceVocabulary, Vocabulary
 
 # What TensorFlow says of its search for a GPU, which it is not to have, and of its own speed.
@@ -234,7 +234,7 @@ class RowsSource(seqio.FunctionDataSource):
                 rng = np.random.default_rng([42, zlib.crc32(task.name.encode())])
                 chosen = np.sort(rng.permutation(chosen)[:most])
             kept = chosen[: most or None]
-            self._rows = replace(task, rows=tuple(task.rows[i] for i in kept))
+            self._rows = replace(task, rows=take_rows(task.rows, kept))
         return self._rows
 
     def _dataset(

@@ -28,6 +28,7 @@ from hyper_t5.taskfile import (
     example_text,
     parse_sni_task,
     read_sni_task,
+    take_rows,
 )
 from hyper_t5.tasks.common import FEATURES, register_once, seqio, seqio_name, text_features, tf
 from hyper_t5.vocab import Vocabulary
@@ -214,7 +215,7 @@ def _choose_rows(task: TaskRows, most: int) -> TaskRows:
         return task
     rng = np.random.default_rng([42, zlib.crc32(task.name.encode())])
     chosen = sorted(rng.choice(len(task.rows), most, replace=False))
-    return replace(task, rows=tuple(task.rows[i] for i in chosen))
+    return replace(task, rows=take_rows(task.rows, chosen))
 
 
 def _content(file: TaskFile) -> Any:

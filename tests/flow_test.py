@@ -23,7 +23,18 @@ ROOT = Path(__file__).resolve().parent.parent
 # highest line that has all it needs above it.
 LAYERS = [
     ["hyper_t5", "errors"],
-    ["overrides", "files", "vocab", "optim", "metrics", "scores", "checkpoint", "plots", "losses"],
+    [
+        "hosts",
+        "overrides",
+        "files",
+        "vocab",
+        "optim",
+        "metrics",
+        "scores",
+        "checkpoint",
+        "plots",
+        "losses",
+    ],
     ["adapters", "taskfile"],
     ["t5", "text", "episodes"],
     ["hypermodels", "decoding", "names", "tasks"],
