@@ -187,7 +187,7 @@ def register_rows(
         readers: read a task's rows, by its name.
         signature: what the readers read from, as `register_once` takes it.
         vocab: of all features.
-        max_instances: rows a task, 0 keeps all; which ones says `RowsSource`.
+        max_instances: rows a task, 0 keeps all; which ones says `choose_rows`.
 
     Returns:
         The Mixture's name.
@@ -207,11 +207,25 @@ def _size(task: seqio.Task) -> float:
     return float(len(task.source.task_rows().rows))
 
 
+def choose_rows(task: TaskRows, split: str, most: int) -> TaskRows:
+    """A task with at most `most` of its rows, in their order; 0 keeps all.
+
+    'train' keeps a random choice, the same in every run because it follows from the task's name;
+    any other split the first. Lazy rows stay lazy.
+    """
+    if not most or len(task.rows) <= most:
+        return task
+    if split != "train":
+        return replace(task, rows=task.rows[:most])
+    rng = np.random.default_rng([42, zlib.crc32(task.name.encode())])
+    chosen = np.sort(rng.permutation(len(task.rows))[:most])
+    return replace(task, rows=take_rows(task.rows, chosen))
+
+
 class RowsSource(seqio.FunctionDataSource):
     """A task's rows, for SeqIO as a dataset and for us as they are (see super_ni.SniSource).
 
-    Of more than `max_instances` rows, 'train' keeps a random choice (the same in every run) and any
-    other split the first.
+    Of more than `max_instances` rows it has those that `choose_rows` keeps.
     """
 
     def __init__(self, read: Callable[[], TaskRows], split: str, max_instances: int) -> None:
@@ -228,13 +242,7 @@ class RowsSource(seqio.FunctionDataSource):
             UserError: what is wrong with its file.
         """
         if self._rows is None:
-            task, most = self._read(), self._max_instances
-            chosen = np.arange(len(task.rows))
-            if most and self._split == "train":
-                rng = np.random.default_rng([42, zlib.crc32(task.name.encode())])
-                chosen = np.sort(rng.permutation(chosen)[:most])
-            kept = chosen[: most or None]
-            self._rows = replace(task, rows=take_rows(task.rows, kept))
+            self._rows = choose_rows(self._read(), self._split, self._max_instances)
         return self._rows
 
     def _dataset(
@@ -264,6 +272,7 @@ def _task(name: str, source: RowsSource, vocab: Vocabulary) -> seqio.Task:
         source=source,
         preprocessors=[
             seqio.preprocessors.tokenize,
+            seqio.CacheDatasetPlaceholder(),
             seqio.preprocessors.append_eos_after_trim,
         ],
         output_features=text_features(vocab, FEATURES),

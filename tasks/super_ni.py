@@ -229,7 +229,8 @@ def _task(name: str, source: SniSource, vocab: Vocabulary) -> seqio.Task:
         source=source,
         preprocessors=[
             seqio.preprocessors.tokenize,
-            _conditioning,  # after it: `tokenize` takes text only
+            seqio.CacheDatasetPlaceholder(),
+            _conditioning,  # after both: `tokenize` takes text only, and a cache knows no lengths
             seqio.preprocessors.append_eos_after_trim,
         ],
         output_features=text_features(vocab, FEATURES),
