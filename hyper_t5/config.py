@@ -442,18 +442,27 @@ def _validate_system(config: ConfigDict) -> None:
 
 
 def _validate_batch(config: ConfigDict) -> None:
+    from hyper_t5 import hypermodels, prompts
+
     data = config.data
     if len(data.shots) != 2 or not 0 <= data.shots[0] <= data.shots[1]:
         raise UserError(
             "data.shots is the fewest and the most examples shown, such as 0,2; "
             f"not {','.join(map(str, data.shots))}"
         )
-    silent = not data.use_instruction and not (data.shots[1] and config.eval.shots)
+    if data.variant:
+        prompts.show_rule(data)
+    silent = not (data.variant or data.use_instruction or (data.shots[1] and config.eval.shots))
     if silent and config.stage == "mtf" and _needs_text(config):
         raise UserError(
             "data.use_instruction=False needs examples, or the hypermodel reads "
             f"nothing: data.shots={data.shots[0]},{data.shots[1]} and eval.shots="
             f"{config.eval.shots} must allow one"
+        )
+    if data.pack and hypermodels.SYSTEMS[config.system].reads == "input":
+        raise UserError(
+            f"data.pack=True puts examples of a task in one row, but system={config.system} has "
+            "adapters for each example; set data.pack=False"
         )
     if min(config.adapter.bottleneck_sizes, default=0) < 1:
         raise UserError(

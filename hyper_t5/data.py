@@ -18,7 +18,8 @@ from typing import Any, Protocol
 
 from hyper_t5.episodes import Batch, EpisodeSampler, EvalTask, eval_episodes, real_tokens
 from hyper_t5.errors import UserError
-from hyper_t5.taskfile import LAYOUTS, Row, TaskRows, format_conditioning, text_key
+from hyper_t5.prompts import LAYOUTS
+from hyper_t5.taskfile import Row, TaskRows, text_key
 from hyper_t5.text import TextSampler
 from hyper_t5.vocab import Vocabulary, load_vocab
 
@@ -34,7 +35,6 @@ __all__ = [
     "TextSampler",
     "eval_episodes",
     "extra_metrics",
-    "format_conditioning",
     "held_out_splits",
     "load_judged",
     "load_peft_tasks",

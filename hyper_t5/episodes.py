@@ -1,108 +1,107 @@
-"""Tasks in memory -> episodes -> batches of ids, for training and for evaluation.
+"""Tasks -> episodes -> batches of ids, for training and for evaluation.
 
-An episode is one task's conditioning (hyper_inputs: instruction and/or shown examples) with G other
-rows of the same task (inputs, targets). Batch s is made from the tasks in memory and from
+An episode is one task's conditioning (hyper_inputs: instruction and/or shown examples) with other
+rows of the same task (inputs, targets). Batch s is made from the tasks and from
 `np.random.default_rng([seed, s, slot])` alone: there is no iterator to save, a resumed run asks for
-batch s and gets it, and a host that wants only its slots computes only those.
+batch s and gets it, and a host makes, and reads the rows of, its own slots only.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from hyper_t5 import packing
 from hyper_t5.errors import UserError
-from hyper_t5.taskfile import (
-    INPUT_LABEL,
+from hyper_t5.hosts import slots_of
+from hyper_t5.prompts import (
+    ENCODINGS,
     LAYOUTS,
     Conditioning,
-    Example,
-    Row,
-    TaskRows,
-    example_text,
+    cut_example,
+    encode_example,
+    join_asked,
     join_conditioning,
-    text_key,
+    show_rule,
 )
+from hyper_t5.taskfile import Example, Row, TaskRows, text_key
 from hyper_t5.vocab import EOS_ID, Vocabulary
 
 Batch = dict[str, np.ndarray]
+Text = str | tuple[str, str]  # an example up to its output, and the rest, where the first is cut
+
+REMEMBERED = 2**25  # ids of texts that are kept once they are encoded: 128 MB, and their texts
+PERMUTED = 4096  # of tasks with more rows, places are drawn one by one instead
+ROUND = 8  # examples that packing encodes together, a row, before it looks what still fits
 
 
 def real_tokens(batch: Batch) -> int:
     """How many ids of a batch are no padding."""
-    return sum(int(np.count_nonzero(x)) for name, x in batch.items() if name != "tasks")
+    names = ("hyper_inputs", "inputs", "targets")
+    return sum(int(np.count_nonzero(batch[name])) for name in names)
 
 
-# --------------------------------------------------------------------------------- tokenised
+# --------------------------------------------------------------------------------- as ids
+
+
+class _Encoder:
+    """Texts -> ids, many at a time (a tokeniser's threads need long lists), kept while there is
+    room for more.
+    """
+
+    def __init__(self, vocab: Vocabulary) -> None:
+        self._vocab = vocab
+        self._kept: dict[str, np.ndarray] = {}
+        self._size = 0
+
+    def __call__(self, texts: Iterable[str]) -> list[np.ndarray]:
+        """Ids of each text, 1-D int32 without EOS."""
+        texts = list(texts)
+        kept = self._kept
+        new = [text for text in dict.fromkeys(texts) if text not in kept]
+        made = {}
+        for text, ids in zip(new, self._vocab.encode_batch(new), strict=True):
+            made[text] = np.array(ids, np.int32)
+            if self._size < REMEMBERED:
+                kept[text] = made[text]
+                self._size += len(made[text])
+        return [kept[text] if text in kept else made[text] for text in texts]
+
+
+def _cut(ids: np.ndarray, length: int) -> tuple[np.ndarray, bool]:
+    """Ids with EOS, at most `length` of them, and whether any were lost."""
+    return np.append(ids[: length - 1], np.int32(EOS_ID)), len(ids) > length - 1
+
+
+def _order(count: int, rng: np.random.Generator) -> Iterator[int]:
+    """The places of `count` rows, each once, in random order; of very many without listing all."""
+    if count <= PERMUTED:
+        yield from rng.permutation(count).tolist()
+        return
+    seen: set[int] = set()
+    while len(seen) < count:
+        place = int(rng.integers(count))
+        if place not in seen:
+            seen.add(place)
+            yield place
 
 
 @dataclass
-class _Tokens:
-    """One task as ids. Every array is 1-D int32; inputs and targets are cut and end in EOS."""
+class _Drawn:
+    """An episode as drawn: what is shown, and where the rows to ask for come from."""
 
-    task: TaskRows
-    instructions: list[np.ndarray]  # no EOS
-    pool: list[np.ndarray]  # shown examples, no EOS
-    pool_keys: np.ndarray  # int: equal for inputs with equal text, over pool and rows
-    inputs: list[np.ndarray]
-    row_keys: np.ndarray
-    cut_inputs: np.ndarray  # bool
-    targets: list[list[np.ndarray]]
-    cut_targets: list[list[bool]]
-
-
-def _tokenise(task: TaskRows, vocab: Vocabulary, data_config: Any) -> _Tokens:
-    """All texts of a task in one call of the tokeniser (its threads need long lists)."""
-    outputs = [text for row in task.rows for text in row.outputs]
-    texts = [
-        *(text.strip() for text in task.instructions),
-        *(example_text(example) for example in task.examples),
-        *(row.input for row in task.rows),
-        *outputs,
-    ]
-    ids = iter(vocab.encode_batch(texts))
-    instructions = [np.array(next(ids), np.int32) for _ in task.instructions]
-    pool = [np.array(next(ids), np.int32) for _ in task.examples]
-    inputs = [_cut(next(ids), data_config.input_length) for _ in task.rows]
-    targets = [
-        [_cut(next(ids), data_config.target_length) for _ in row.outputs] for row in task.rows
-    ]
-    numbers: dict[str, int] = {}
-
-    def keys(inputs: list[str]) -> np.ndarray:
-        found = [numbers.setdefault(text_key(text), len(numbers)) for text in inputs]
-        return np.array(found, np.int64)
-
-    row_keys = keys([row.input for row in task.rows])
-    pool_keys = keys([example[0] for example in task.examples])
-    usable = np.ones(len(pool), bool)
-    if len(np.unique(row_keys)) == 1:  # an example equal to the only input can never be shown
-        usable &= pool_keys != row_keys[0]
-    if not data_config.use_instruction:  # nor, where it must stand alone, one that does not fit
-        usable &= np.array([len(ids) for ids in pool], int) < data_config.hyper_length
-    pool, pool_keys = [pool[i] for i in np.flatnonzero(usable)], pool_keys[usable]
-    return _Tokens(
-        task,
-        instructions,
-        pool,
-        pool_keys,
-        [cut for cut, _ in inputs],
-        row_keys,
-        np.array([was for _, was in inputs]),
-        [[cut for cut, _ in row] for row in targets],
-        [[was for _, was in row] for row in targets],
-    )
-
-
-def _cut(ids: Sequence[int], length: int) -> tuple[np.ndarray, bool]:
-    """Ids with EOS, at most `length` of them, and whether any were lost."""
-    kept = np.array([*ids[: length - 1], EOS_ID], np.int32)
-    return kept, len(ids) > length - 1
+    index: int  # of the task
+    instruction: np.ndarray  # ids, no EOS
+    shown: list[Example]
+    shots: int  # how many were wanted
+    asked: Iterator[tuple[Row, str]]  # rows with the target that was drawn of each
+    examples: list[np.ndarray]  # ids of the shown, once encoded
+    conditioning: Conditioning | None = None
 
 
 # -------------------------------------------------------------------------------- the sampler
@@ -112,18 +111,24 @@ class EpisodeSampler:
     """Training batches of episodes.
 
     Each step draws T tasks by their rates (without repetition when rates are equal and there are
-    enough), for each a number of shots in `data.shots`, that many examples to show, and G rows to
-    ask for, none of which has the text of a shown one. Shown examples come from the task's pool
-    (SNI's Positive Examples); when it is short, from other rows. A row's target is one of its
-    references, drawn. Of several wordings of the instruction one is drawn.
+    enough), for each a number of examples to show as `prompts.show_rule` says, those examples, and
+    G rows to ask for, none of which has the text of a shown one. Shown examples come from the
+    task's pool (SNI's Positive Examples); when it is short, from other rows. A row's target is one
+    of its references, drawn. Of several wordings of the instruction one is drawn.
 
-    `stats` counts over all batches made: episodes, rows, shown_examples, dropped_examples (over the
-    length), missing_examples (the task has too few), truncated_instructions, truncated_inputs,
-    truncated_targets. `names` are the tasks' in their order, which a batch's "tasks" index.
+    With `data.pack` each of the G rows holds as many examples as fit, until one fits into none of
+    the task's rows or the task has no more. Rows of a large task are drawn by that rule with a
+    slight lead of short ones, as the one that ends an episode is not asked for in it.
+
+    `stats` counts over all batches made here: episodes, rows, examples, shown_examples,
+    dropped_examples (over the length), missing_examples (the task has too few),
+    truncated_conditionings, truncated_inputs, truncated_targets. `names` are the tasks' in their
+    order, which a batch's "tasks" index.
 
     Raises:
-        UserError: no tasks; a task without an example to show when no instruction is; an
-            instruction over `data.hyper_length` unless `data.on_long_instruction` is 'truncate'.
+        UserError: no tasks, or one without rows; a task without an example to show when no
+            instruction is; an instruction over `data.hyper_length` unless
+            `data.on_long_instruction` is 'truncate'.
     """
 
     def __init__(
@@ -134,7 +139,7 @@ class EpisodeSampler:
         seed: int,
         layout: str = "apart",
     ) -> None:
-        """`layout` is one of LAYOUTS; for "concat" see `_concat_ids`."""
+        """`layout` is one of LAYOUTS; for "concat" see `_with_text`."""
         assert layout in LAYOUTS, layout
         if not tasks:
             raise UserError("data.mixture: the list of training tasks is empty")
@@ -142,53 +147,63 @@ class EpisodeSampler:
         self.names = tuple(task.name for task in tasks)
         self._config = data_config
         self._vocab = vocab
+        self._encode = _Encoder(vocab)
         self._seed = seed % 2**63
         self._layout, self._concat = layout, layout == "concat"
-        self._label = np.array(vocab.encode(INPUT_LABEL), np.int32)
-        self._shots = _shots(data_config.shots, data_config.use_instruction, self._concat)
-        self._tasks = [_tokenise(task, vocab, data_config) for task in tasks]
-        self._row_examples: dict[tuple[int, int], np.ndarray] = {}
+        self._encoding = ENCODINGS[data_config.encoding]
+        self._label = np.array(vocab.encode(self._encoding.label), np.int32)
+        self._rule = show_rule(data_config, self._concat)
+        self._tasks = tasks
         rates = np.array([task.rate for task in tasks], np.float64)
         self._rates = rates / rates.sum()
+        self._instructions: list[list[np.ndarray]] = [[np.zeros(0, np.int32)] for _ in tasks]
+        if self._rule.instruction:
+            texts = iter(
+                self._encode(self._encoding.instruction(i) for t in tasks for i in t.instructions)
+            )
+            self._instructions = [[next(texts) for _ in t.instructions] for t in tasks]
         for index in range(len(tasks)):
             self._check(index)
 
-    def batch(self, step: int) -> Batch:
+    @property
+    def width(self) -> int:
+        """Ids in a row of inputs."""
+        return input_width(self._config, self._layout)
+
+    def batch(self, step: int, host: int = 0, hosts: int = 1) -> Batch:
         """Batch `step`: hyper_inputs [T, Lh], inputs [T, G, Li], targets [T, G, Lt], tasks [T].
 
-        All int32; tasks are places in `names`.
-        With layout "concat", hyper_inputs are [T, 1] (one EOS) and inputs [T, G, Lh + Li].
+        All int32; tasks are places in `names`. With layout "concat", hyper_inputs are [T, 1] (one
+        EOS) and inputs [T, G, `data.concat_length` or Lh + Li]. With `data.pack` also what
+        `packing.empty` lists. Of several hosts each makes its part, T / hosts long.
         """
         c = self._config
-        count, rows = c.tasks_per_batch, c.examples_per_task
-        wide = c.input_length + (c.hyper_length if self._concat else 0)
-        drawn = self._draw_tasks(step)
+        slots = slots_of(c.tasks_per_batch, host, hosts)
+        drawn = [
+            self._draw(int(index), np.random.default_rng([self._seed, step, slot + 1]))
+            for slot, index in zip(slots, self._draw_tasks(step)[slots.start :], strict=False)
+        ]
+        self._condition(drawn)
+        long = 1 if self._concat else c.hyper_length
         batch = {
-            "tasks": drawn.astype(np.int32),
-            "hyper_inputs": np.zeros((count, 1 if self._concat else c.hyper_length), np.int32),
-            "inputs": np.zeros((count, rows, wide), np.int32),
-            "targets": np.zeros((count, rows, c.target_length), np.int32),
+            "tasks": np.array([episode.index for episode in drawn], np.int32),
+            "hyper_inputs": np.zeros((len(slots), long), np.int32),
+            **packing.empty(len(slots), c.examples_per_task, self.width, c.target_length),
         }
-        for slot, index in enumerate(drawn):
-            rng = np.random.default_rng([self._seed, step, slot + 1])
-            conditioning, asked = self._episode(int(index), rng)
-            tokens = self._tasks[index]
-            hyper = np.array([EOS_ID], np.int32) if self._concat else conditioning.ids
-            batch["hyper_inputs"][slot, : len(hyper)] = hyper
-            for g, row in enumerate(asked):
-                ids, cut = tokens.inputs[row], bool(tokens.cut_inputs[row])
-                if self._concat:
-                    ids, cut_again = _concat_ids(conditioning.ids, self._label, ids, wide)
-                    cut = cut or cut_again
-                choice = int(rng.integers(len(tokens.targets[row])))
-                target = tokens.targets[row][choice]
-                batch["inputs"][slot, g, : len(ids)] = ids
-                batch["targets"][slot, g, : len(target)] = target
-                self.stats["truncated_inputs"] += cut
-                self.stats["truncated_targets"] += tokens.cut_targets[row][choice]
-        self.stats["episodes"] += count
-        self.stats["rows"] += count * rows
+        for slot, episode in enumerate(drawn):
+            assert episode.conditioning is not None
+            ids = np.array([EOS_ID]) if self._concat else episode.conditioning.ids
+            batch["hyper_inputs"][slot, : len(ids)] = ids
+        if c.pack:
+            self._ask_packed(batch, drawn)
+        else:
+            batch = {k: v for k, v in batch.items() if not k.endswith(("_segments", "_positions"))}
+            self._ask(batch, drawn)
+        self.stats["episodes"] += len(slots)
+        self.stats["rows"] += len(slots) * c.examples_per_task
         return batch
+
+    # ------------------------------------------------------------------------- what is drawn
 
     def _draw_tasks(self, step: int) -> np.ndarray:
         rng = np.random.default_rng([self._seed, step, 0])
@@ -197,110 +212,234 @@ class EpisodeSampler:
             return rng.choice(number, wanted, replace=False)
         return rng.choice(number, wanted, p=self._rates)
 
-    def _episode(self, index: int, rng: np.random.Generator) -> tuple[Conditioning, np.ndarray]:
-        """The conditioning and the G rows to ask for."""
-        tokens, c = self._tasks[index], self._config
-        instruction = np.zeros(0, np.int32)
-        if c.use_instruction:
-            instruction = tokens.instructions[int(rng.integers(len(tokens.instructions)))]
-        shots = int(rng.integers(self._shots[0], self._shots[1] + 1))
+    def _draw(self, index: int, rng: np.random.Generator) -> _Drawn:
+        instructions, rule = self._instructions[index], self._rule
+        instruction = instructions[int(rng.integers(len(instructions)))]
+        shots = int(rng.integers(rule.fewest, rule.most + 1))
         shown = self._draw_shown(index, shots, rng)
         while True:
-            taken = np.isin(tokens.row_keys, [key for _, key in shown])
-            free = np.flatnonzero(~taken)
-            if len(free):
+            asked = self._draw_asked(index, {text_key(text) for text, _ in shown}, rng)
+            first = next(asked, None)
+            if first is not None:
                 break
-            shown.pop()  # a tiny task whose every row is shown; the first alone never is all
-        rows = c.examples_per_task
-        asked = rng.choice(free, rows, replace=len(free) < rows)
-        conditioning = join_conditioning(
-            instruction,
-            [ids for ids, _ in shown],
-            c.hyper_length,
-            c.get("on_long_instruction", "raise"),
-            tokens.task.name,
-            self._layout,
-        )
-        self.stats["shown_examples"] += len(shown) - conditioning.dropped
-        self.stats["dropped_examples"] += conditioning.dropped
-        self.stats["missing_examples"] += shots - len(shown)
-        self.stats["truncated_instructions"] += conditioning.truncated
-        return conditioning, asked
+            shown.pop()  # a tiny task whose every row is shown
+        return _Drawn(index, instruction, shown, shots, itertools.chain([first], asked), [])
 
-    def _draw_shown(
-        self, index: int, shots: int, rng: np.random.Generator
-    ) -> list[tuple[np.ndarray, int]]:
-        """Up to `shots` different examples as (ids, key): the pool's, then other rows."""
-        tokens, alone = self._tasks[index], not self._config.use_instruction
-        order = rng.permutation(len(tokens.pool))[:shots]
-        shown = [(tokens.pool[i], int(tokens.pool_keys[i])) for i in order]
-        if len(shown) < shots and len(np.unique(tokens.row_keys)) > 1:
-            keys = {key for _, key in shown}
-            for row in rng.permutation(len(tokens.row_keys)):
-                key = int(tokens.row_keys[row])
-                if len(shown) == shots:
-                    break
-                ids = self._row_example(index, int(row)) if key not in keys else None
-                if ids is None or (alone and len(ids) >= self._config.hyper_length):
-                    continue
+    def _draw_asked(
+        self, index: int, taken: set[str], rng: np.random.Generator
+    ) -> Iterator[tuple[Row, str]]:
+        """The rows that have not the text of a shown one, in random order, with a target each."""
+        rows = self._tasks[index].rows
+        for place in _order(len(rows), rng):
+            row = rows[place]
+            if text_key(row.input) not in taken:
+                yield row, row.outputs[int(rng.integers(len(row.outputs)))]
+
+    def _draw_shown(self, index: int, shots: int, rng: np.random.Generator) -> list[Example]:
+        """Up to `shots` different examples: the pool's, then other rows, never all rows."""
+        task, alone = self._tasks[index], not self._rule.instruction
+        count = len(task.examples)
+        order = np.arange(count) if self._rule.first else rng.permutation(count)
+        pool = (task.examples[i] for i in order)
+        shown = list(itertools.islice((e for e in pool if not alone or self._fits(e)), shots))
+        if len(shown) == shots:
+            return shown
+        keys = {text_key(text) for text, _ in shown}
+        for place in _order(len(task.rows), rng):
+            row = task.rows[place]
+            example = (row.input, row.outputs[0])
+            if len(shown) == shots:
+                return shown
+            if (key := text_key(row.input)) not in keys and (not alone or self._fits(example)):
                 keys.add(key)
-                shown.append((ids, key))
+                shown.append(example)
         return shown
 
-    def _row_example(self, index: int, row: int) -> np.ndarray:
-        """A row written as a shown example; encoded when first needed."""
-        if (index, row) not in self._row_examples:
-            found = self._tasks[index].task.rows[row]
-            text = example_text((found.input, found.outputs[0]))
-            self._row_examples[index, row] = np.array(self._vocab.encode(text), np.int32)
-        return self._row_examples[index, row]
+    def _fits(self, example: Example) -> bool:
+        """Whether an example can be the only example shown: where nothing else says the task."""
+        c = self._config
+        if c.on_long_examples == "cut_left" or 0 < c.example_length < c.hyper_length:
+            return True
+        text = "".join(self._encoding.example(0, example))
+        # A token is at least a byte, but for the mark of a word's start: most need no tokeniser.
+        return len(text.encode()) + 2 < c.hyper_length or len(self._encode([text])[0]) < (
+            c.hyper_length
+        )
+
+    # ----------------------------------------------------------------------------- as ids
+
+    def _condition(self, drawn: list[_Drawn]) -> None:
+        """Encodes what is shown in all episodes, and joins it."""
+        c, stats = self._config, self.stats
+        parts = [self._encoding.example(i, e) for d in drawn for i, e in enumerate(d.shown)]
+        if c.example_length:
+            flat = self._encode(text for pair in parts for text in pair)
+            pairs = zip(flat[::2], flat[1::2], strict=True)
+            ids = iter([cut_example(head, tail, c.example_length) for head, tail in pairs])
+        else:
+            ids = iter(self._encode("".join(pair) for pair in parts))
+        for episode in drawn:
+            episode.examples = [next(ids) for _ in episode.shown]
+            made = episode.conditioning = join_conditioning(
+                episode.instruction,
+                episode.examples,
+                c.hyper_length,
+                c.on_long_instruction,
+                self.names[episode.index],
+                self._layout,
+                c.on_long_examples,
+            )
+            stats["missing_examples"] += episode.shots - len(episode.shown)
+            if self._concat and c.concat_length:
+                continue  # each input has its own (`_with_text`)
+            stats["shown_examples"] += len(episode.shown) - made.dropped
+            stats["dropped_examples"] += made.dropped
+            stats["truncated_conditionings"] += made.truncated
+
+    def _ask(self, batch: Batch, drawn: list[_Drawn]) -> None:
+        """One example a row; a task with fewer rows than G is asked some again."""
+        count = self._config.examples_per_task
+        asked = [list(itertools.islice(episode.asked, count)) for episode in drawn]
+        encoded = iter(
+            self._rows([(d, r) for d, rows in zip(drawn, asked, strict=True) for r in rows])
+        )
+        for slot, rows in enumerate(asked):
+            made = [next(encoded) for _ in rows]
+            for g in range(count):
+                ids, target = made[g % len(made)]
+                batch["inputs"][slot, g, : len(ids)] = ids
+                batch["targets"][slot, g, : len(target)] = target
+        self.stats["examples"] += len(drawn) * count
+
+    def _ask_packed(self, batch: Batch, drawn: list[_Drawn]) -> None:
+        """As many examples a row as fit."""
+        c = self._config
+        bins = [packing.Bins(c.examples_per_task, self.width, c.target_length) for _ in drawn]
+        open_slots = list(range(len(drawn)))
+        while open_slots:
+            asked = {
+                s: list(itertools.islice(drawn[s].asked, ROUND * c.examples_per_task))
+                for s in open_slots
+            }
+            encoded = iter(self._rows([(drawn[s], row) for s in open_slots for row in asked[s]]))
+            still = []
+            for slot in open_slots:
+                made = [next(encoded) for _ in asked[slot]]
+                added = bins[slot].extend(made)
+                self.stats["examples"] += added
+                if made and added == len(made):
+                    still.append(slot)
+            open_slots = still
+        for slot, rows in enumerate(bins):
+            rows.fill(batch, slot)
+
+    def _rows(
+        self, asked: list[tuple[_Drawn, tuple[Row, str]]]
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(input ids, target ids) of each row, cut to the lengths and ending in EOS."""
+        c = self._config
+        inputs = self._encode(self._encoding.asked(row.input) for _, (row, _) in asked)
+        targets = self._encode(target for _, (_, target) in asked)
+        made = []
+        for (episode, _), ids, target in zip(asked, inputs, targets, strict=True):
+            end, cut = _cut(target, c.target_length)
+            self.stats["truncated_targets"] += cut
+            ids, cut = self._with_text(episode, *cut_input(ids, len(target), c), len(target))
+            self.stats["truncated_inputs"] += cut
+            made.append((ids, end))
+        return made
+
+    def _with_text(
+        self, episode: _Drawn, ids: np.ndarray, cut: bool, target: int
+    ) -> tuple[np.ndarray, bool]:
+        """With layout "concat", the conditioning in front of an input's ids."""
+        if not self._concat:
+            return ids, cut
+        assert episode.conditioning is not None
+        made = concat_row(
+            self._config,
+            self._label,
+            episode.instruction,
+            episode.examples,
+            episode.conditioning.ids,
+            ids,
+            target,
+        )
+        if self._config.concat_length:
+            self.stats["shown_examples"] += len(episode.shown) - made.dropped
+            self.stats["dropped_examples"] += made.dropped
+        return made.ids, cut or made.truncated
+
+    # ------------------------------------------------------------------------------ at the start
 
     def _check(self, index: int) -> None:
         """Raises now what would otherwise end the run at some later step."""
-        c, tokens = self._config, self._tasks[index]
-        if c.use_instruction:
-            if c.get("on_long_instruction", "raise") == "raise":
-                longest = max(tokens.instructions, key=len)
-                join_conditioning(longest, [], c.hyper_length, "raise", tokens.task.name)
-        elif self._shots[1] and not self._draw_shown(index, 1, np.random.default_rng(0)):
+        c, task = self._config, self._tasks[index]
+        if not len(task.rows) and self._rates[index]:
+            raise UserError(f"task {task.name} has no rows to train on; take it out of the mixture")
+        if self._rule.instruction:
+            if c.on_long_instruction == "raise":
+                longest = max(self._instructions[index], key=len)
+                join_conditioning(longest, [], c.hyper_length, "raise", task.name)
+            return
+        if not self._rule.most or not len(task.rows):
+            return
+        shown = self._draw_shown(index, 1, np.random.default_rng(0))
+        taken = {text_key(text) for text, _ in shown}
+        if not shown or all(text_key(row.input) in taken for row in task.rows):
             raise UserError(
-                f"task {tokens.task.name} has no example to show that fits "
+                f"task {task.name} has no example to show that fits "
                 f"data.hyper_length={c.hyper_length} and is not its only input; add Positive "
                 "Examples, raise the length, or set data.use_instruction=True"
             )
 
 
-def _shots(shots: Sequence[int], use_instruction: bool, concat: bool) -> tuple[int, int]:
-    """(fewest, most) examples shown; at least one where nothing else says the task."""
-    fewest, most = int(shots[0]), int(shots[1])
-    if not 0 <= fewest <= most:
-        raise UserError(
-            f"data.shots={tuple(shots)} must be (fewest, most) with 0 <= fewest <= most"
-        )
-    if concat and most == 0:
-        return 0, 0
-    if not use_instruction and most == 0:
-        raise UserError(
-            "data.shots=(0, 0) with data.use_instruction=False leaves nothing to condition on"
-        )
-    return (fewest if use_instruction else max(fewest, 1)), most
+def input_width(data_config: Any, layout: str) -> int:
+    """Ids in a row of inputs: Li, or with layout "concat" room for the text too."""
+    c = data_config
+    if layout != "concat":
+        return c.input_length
+    return c.concat_length or c.hyper_length + c.input_length
 
 
-def _concat_ids(
-    conditioning: np.ndarray, label: np.ndarray, ids: np.ndarray, length: int
-) -> tuple[np.ndarray, bool]:
-    """The 'concat' system's input: conditioning, "Input:", the row's input, EOS.
-
-    The conditioning loses its EOS and nothing else, so that every system reads the same episode.
-    Of an empty one there is no label either.
-    Only where both parts fill their lengths is there no room for the label; then the end of the
-    input goes, which is the second value.
+def cut_input(ids: np.ndarray, target: int, data_config: Any) -> tuple[np.ndarray, bool]:
+    """An input's ids with EOS, cut to `data.input_length` and, with `data.example_length`, to what
+    the `target` ids of its output leave of that (see `prompts.cut_example`).
     """
-    joined = np.concatenate([conditioning[:-1], label if len(conditioning) > 1 else [], ids])
-    joined = joined.astype(np.int32)
+    c = data_config
+    most = max(0, c.example_length - 2 - target) if c.example_length else len(ids)
+    cut, was = _cut(ids[:most], c.input_length)
+    return cut, was or len(ids) > most
+
+
+def concat_row(
+    data_config: Any,
+    label: np.ndarray,
+    instruction: np.ndarray,
+    examples: Sequence[np.ndarray],
+    conditioning: np.ndarray,
+    ids: np.ndarray,
+    target: int,
+) -> Conditioning:
+    """The 'concat' system's input: conditioning, label, the row's input, EOS.
+
+    By default the conditioning is as another system would read it, without its EOS, so that every
+    system reads the same episode; of an empty one there is no label either. Only where both parts
+    fill their lengths is there no room for the label; then the end of the input goes.
+
+    With `data.concat_length` whatever of instruction, examples and input fits into it: see
+    `prompts.join_asked`.
+    """
+    c = data_config
+    if c.concat_length:
+        asked = np.concatenate([label, ids]) if len(instruction) or examples else ids
+        return join_asked(instruction, examples, asked, c.concat_length, target, c.on_long_examples)
+    front = [conditioning[:-1], label] if len(conditioning) > 1 else []
+    joined = np.concatenate([*front, ids]).astype(np.int32)
+    length = input_width(c, "concat")
     if len(joined) <= length:
-        return joined, False
-    return np.append(joined[: length - 1], np.int32(EOS_ID)), True
+        return Conditioning(joined, 0, False)
+    return Conditioning(np.append(joined[: length - 1], np.int32(EOS_ID)), 0, True)
 
 
 # ------------------------------------------------------------------------------- evaluation
@@ -360,28 +499,40 @@ def eval_episodes(
 
 def _eval_task(task: TaskRows, vocab: Vocabulary, config: Any, layout: str) -> EvalTask:
     c, concat = config.data, layout == "concat"
-    asked = task.rows[: config.eval.max_rows_per_task or None]
+    encoding, rule = ENCODINGS[c.encoding], show_rule(c, concat)
+    asked = tuple(task.rows[: config.eval.max_rows_per_task or None])
+    instruction = np.zeros(0, np.int32)
+    if rule.instruction:
+        instruction = np.array(vocab.encode(encoding.instruction(task.instruction)), np.int32)
+    shots = rule.most if c.variant else config.eval.shots
     # Where it must stand alone an example that does not fit is passed over, as in training.
-    longest = None if c.use_instruction else c.hyper_length - 1
-    shown = _eval_shown(task, asked, config.eval.shots, vocab, longest)
+    longest = None
+    if not rule.instruction and c.on_long_examples == "drop":
+        longest = c.hyper_length - 1
+    shown = _eval_shown(task, asked, shots, vocab, c, longest)
+    examples = [ids for _, ids in shown]
     conditioning = join_conditioning(
-        vocab.encode(task.instruction.strip()) if c.use_instruction else [],
-        [ids for _, ids in shown],
+        instruction,
+        examples,
         c.hyper_length,
-        c.get("on_long_instruction", "raise"),
+        c.on_long_instruction,
         task.name,
         layout,
+        c.on_long_examples,
     )
-    wide = c.input_length + (c.hyper_length if concat else 0)
-    label = np.array(vocab.encode(INPUT_LABEL), np.int32)
-    inputs = np.zeros((len(asked), wide), np.int32)
-    truncated = 0
-    for i, encoded in enumerate(vocab.encode_batch([row.input for row in asked])):
-        ids, cut = _cut(encoded, c.input_length)
+    inputs = np.zeros((len(asked), input_width(c, layout)), np.int32)
+    label = np.array(vocab.encode(encoding.label), np.int32)
+    truncated, dropped = 0, conditioning.dropped
+    # As of the longest target there is, for which a row is shortened in `cut_input`.
+    targets = [max(row.options or row.outputs, key=len) for row in asked]
+    encoded = vocab.encode_batch([encoding.asked(row.input) for row in asked])
+    sizes = map(len, vocab.encode_batch(targets)) if c.example_length else itertools.repeat(0)
+    for i, (ids, target) in enumerate(zip(encoded, sizes, strict=False)):
+        made, cut = cut_input(np.array(ids, np.int32), target, c)
         if concat:
-            ids, cut_again = _concat_ids(conditioning.ids, label, ids, wide)
-            cut = cut or cut_again
-        inputs[i, : len(ids)] = ids
+            row = concat_row(c, label, instruction, examples, conditioning.ids, made, target)
+            made, cut, dropped = row.ids, cut or row.truncated, max(dropped, row.dropped)
+        inputs[i, : len(made)] = made
         truncated += cut
     hyper = np.array([EOS_ID], np.int32) if concat else conditioning.ids
     hyper_ids = np.zeros(1 if concat else c.hyper_length, np.int32)
@@ -396,25 +547,31 @@ def _eval_task(task: TaskRows, vocab: Vocabulary, config: Any, layout: str) -> E
         texts=tuple(row.input for row in asked),
         inputs=inputs,
         references=tuple(row.outputs for row in asked),
-        dropped=conditioning.dropped,
+        dropped=dropped,
         truncated_instruction=conditioning.truncated,
         truncated_inputs=truncated,
     )
 
 
 def _eval_shown(
-    task: TaskRows, asked: Sequence[Row], shots: int, vocab: Vocabulary, longest: int | None
-) -> list[tuple[Example, list[int]]]:
+    task: TaskRows,
+    asked: Sequence[Row],
+    shots: int,
+    vocab: Vocabulary,
+    data_config: Any,
+    longest: int | None,
+) -> list[tuple[Example, np.ndarray]]:
     """Up to `shots` examples with their ids, none with the text of an asked row."""
     taken = {text_key(row.input) for row in asked}
     others = ((row.input, row.outputs[0]) for row in task.rows[len(asked) :])
-    shown: list[tuple[Example, list[int]]] = []
+    shown: list[tuple[Example, np.ndarray]] = []
     for example in itertools.chain(task.examples, others):
         if len(shown) == shots:
             break
-        key = text_key(example[0])
-        ids = vocab.encode(example_text(example)) if key not in taken else None
-        if ids is not None and (longest is None or len(ids) <= longest):
+        if (key := text_key(example[0])) in taken:
+            continue
+        ids = encode_example(vocab, example, len(shown), data_config)
+        if longest is None or len(ids) <= longest:
             taken.add(key)
             shown.append((example, ids))
     return shown

@@ -21,8 +21,9 @@ from hyper_t5 import files, model, names, weights
 from hyper_t5.decoding import decode
 from hyper_t5.errors import UserError
 from hyper_t5.hypermodels import BACKBONE, HYPERMODEL
+from hyper_t5.prompts import ENCODINGS, format_conditioning, show_rule
 from hyper_t5.t5 import T5Config
-from hyper_t5.taskfile import INPUT_LABEL, format_conditioning, read_task_file
+from hyper_t5.taskfile import read_task_file
 from hyper_t5.vocab import EOS_ID, Vocabulary, load_vocab
 
 # ------------------------------------------------------------------------------------------- adapt
@@ -37,17 +38,18 @@ def adapt(
 ) -> Path:
     """Read a task file, generate its adapter, write it as a ``native`` or ``peft`` folder.
 
-    Shows the hypermodel the instruction and as many examples as it was trained on
-    (``data.shots``) that fit its length. Returns the folder.
+    Shows the hypermodel what it was trained on (``prompts.show_rule``): the instruction, and as
+    many examples as fit its length. Returns the folder.
     """
     config, m, backbone, params = model.load_run(workdir)
     instruction, examples = read_task_file(task)
-    shown = examples[: config.data.shots[1]] if config.data.shots[1] else []
-    ids, dropped = format_conditioning(
-        instruction if config.data.use_instruction else "",
+    rule = show_rule(config.data, m.choice.layout == "concat")
+    shown = examples[: rule.most]
+    ids, dropped, _ = format_conditioning(
+        instruction if rule.instruction else "",
         shown,
         backbone.vocab,
-        config.data.hyper_length,
+        config.data,
         where=str(task),
         layout=m.choice.layout,
     )
@@ -60,6 +62,7 @@ def adapt(
         "instruction": instruction,
         "examples_shown": len(shown) - dropped,
         "input_length": config.data.input_length,
+        "encoding": config.data.encoding,
     }
     if m.choice.layout == "concat":  # this text goes in front of each input
         meta["text"] = [int(i) for i in ids]
@@ -121,12 +124,13 @@ def predict(
             f"{backbone}: does not say its vocabulary; `hyper-t5 export --format backbone` it, put "
             "its spiece.model into the folder made, and give that"
         )
-    label = base.vocab.encode(INPUT_LABEL)
     ids = []
     for row in rows:
-        text = loaded[names.index(row["adapter"])].text
-        front = [*text[:-1], *label] if len(text) > 1 else []
-        ids.append([*front, *base.vocab.encode(row["input"]), EOS_ID])
+        task = loaded[names.index(row["adapter"])]
+        encoding = ENCODINGS[task.meta.get("encoding", "labelled")]
+        label = base.vocab.encode(encoding.label)
+        front = [*task.text[:-1], *label] if len(task.text) > 1 else []
+        ids.append([*front, *base.vocab.encode(encoding.asked(row["input"])), EOS_ID])
     # What reads the inputs has adapters of its own for each: no two share a batch.
     apart = any(task.model is not None for task in loaded)
     made: dict[int, str] = {}

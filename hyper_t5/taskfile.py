@@ -1,19 +1,8 @@
-"""Task files -> plain Python rows, and rows -> the text a hypermodel reads. No TensorFlow here.
+"""Tasks as plain Python rows, and the reader of task files. No TensorFlow here.
 
 Two forms of task file: Super-NaturalInstructions' official JSON (Wang et al. 2022,
 https://github.com/allenai/natural-instructions, "Definition", "Positive Examples", "Instances"),
 and the short `{"instruction": ..., "examples": [{"input": ..., "output": ...}]}`.
-
-The conditioning text, the same for training, evaluation and `adapt`:
-
-    {instruction}
-    Input: {input of example 1}
-    Output: {output of example 1}
-    Input: ...
-
-The labels are those of the published instruction-tuned T5s; nothing else is added, because with a
-byte vocabulary every label costs length. The instruction and each example are encoded on their own
-and joined as ids, so that an example can be dropped whole. In the layout "parts" each ends in EOS.
 """
 
 from __future__ import annotations
@@ -21,27 +10,19 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 
 from hyper_t5.errors import UserError
-from hyper_t5.vocab import EOS_ID, Vocabulary
-
-INPUT_LABEL = "\nInput: "
-OUTPUT_LABEL = "\nOutput: "
-
-# Where the conditioning goes: "apart", to the hypermodel; "concat", in front of each input;
-# "parts", to the hypermodel with an EOS after the instruction and after each example, so that a
-# reader can tell them apart and encode each alone (FiD-ICL, Ye et al. 2023).
-LAYOUTS = ("apart", "concat", "parts")
 
 OnBadRow = Literal["raise", "skip"]
-OnLong = Literal["raise", "truncate"]
+OnEmpty = Literal["raise", "skip", "keep"]
 Example = tuple[str, str]  # input, output
 
 
@@ -114,6 +95,11 @@ class TaskRows:
         return self.instructions[0]
 
 
+def text_key(text: str) -> str:
+    """Two inputs with equal keys are the same input, however they are spaced."""
+    return " ".join(text.split())
+
+
 # ---------------------------------------------------------------------------- reading JSON
 
 
@@ -148,9 +134,47 @@ def read_json(path: str | Path) -> dict[str, Any]:
     return value
 
 
-def read_sni_task(path: str | Path, on_bad_row: OnBadRow = "raise", max_rows: int = 0) -> TaskRows:
+class _BadRow(UserError):
+    """What is wrong with one row of a list in a task file."""
+
+    def __init__(self, message: str, field: str, index: int) -> None:
+        super().__init__(message)
+        self.field, self.index = field, index
+
+
+def read_sni_task(
+    path: str | Path,
+    on_bad_row: OnBadRow = "raise",
+    max_rows: int = 0,
+    on_empty: OnEmpty = "raise",
+) -> TaskRows:
     """A Super-NaturalInstructions task from its official JSON file. See `parse_sni_task`."""
-    return parse_sni_task(read_json(path), Path(path).stem, str(path), on_bad_row, max_rows)
+    raw = read_json(path)
+    try:
+        return parse_sni_task(raw, Path(path).stem, str(path), on_bad_row, max_rows, on_empty)
+    except _BadRow as error:
+        line = _line_of(Path(path).read_text(encoding="utf-8-sig"), error.field, error.index)
+        raise UserError(f"{path}, line {line}: {str(error).removeprefix(f'{path}: ')}") from None
+
+
+def _line_of(text: str, field: str, index: int) -> int:
+    """The line on which an element of a top-level list begins, in the text of a JSON object."""
+    decoder, gap = json.JSONDecoder(), re.compile(r"[\s,:]*")
+
+    def skip(at: int) -> int:
+        found = gap.match(text, at)
+        assert found is not None
+        return found.end()
+
+    at, name = text.index("{") + 1, ""
+    while name != field:
+        name, at = decoder.raw_decode(text, skip(at))
+        if name != field:
+            _, at = decoder.raw_decode(text, skip(at))
+    at = text.index("[", at) + 1
+    for _ in range(index):
+        _, at = decoder.raw_decode(text, skip(at))
+    return text.count("\n", 0, skip(at)) + 1
 
 
 def parse_sni_task(
@@ -159,6 +183,7 @@ def parse_sni_task(
     where: str = "",
     on_bad_row: OnBadRow = "raise",
     max_rows: int = 0,
+    on_empty: OnEmpty = "raise",
 ) -> TaskRows:
     """A Super-NaturalInstructions task from the parsed JSON.
 
@@ -176,8 +201,8 @@ def parse_sni_task(
     where = where or name
     skipped: Counter[str] = Counter()
     instructions = _definition(raw, where)
-    examples = _examples(raw, "Positive Examples", where, on_bad_row, skipped)
-    checked = _rows(raw, "Instances", where, name, on_bad_row, skipped)
+    examples = _examples(raw, "Positive Examples", where, on_bad_row, skipped, on_empty)
+    checked = _rows(raw, "Instances", where, name, on_bad_row, skipped, on_empty)
     rows = tuple(itertools.islice(checked, max_rows or None))
     if not rows:
         raise UserError(f"{where}: field Instances holds no usable row; a task needs at least one")
@@ -200,7 +225,7 @@ def read_task_file(path: str | Path) -> tuple[str, list[Example]]:
     raw, where = read_json(path), str(path)
     if "Definition" in raw or "Positive Examples" in raw or "Instances" in raw:
         if "Instances" in raw:
-            task = parse_sni_task(raw, Path(path).stem, where)
+            task = parse_sni_task(raw, Path(path).stem, where, on_empty="keep")
             return task.instruction, list(task.examples)
         examples = _examples(raw, "Positive Examples", where, "raise", Counter())
         return _definition(raw, where)[0], list(examples)
@@ -236,10 +261,11 @@ def _examples(
     where: str,
     on_bad_row: OnBadRow,
     skipped: Counter[str],
+    on_empty: OnEmpty = "keep",
 ) -> tuple[Example, ...]:
     if field not in raw:
         return ()
-    rows = _rows(raw, field, where, "", on_bad_row, skipped)
+    rows = _rows(raw, field, where, "", on_bad_row, skipped, on_empty)
     return tuple((row.input, row.outputs[0]) for row in rows)
 
 
@@ -250,23 +276,45 @@ def _rows(
     name: str,
     on_bad_row: OnBadRow,
     skipped: Counter[str],
+    on_empty: OnEmpty,
 ) -> Iterator[Row]:
     """The rows of a list field; a bad one raises, or is left out and counted under the field."""
     if field not in raw:
         raise UserError(f"{where}: field {field} is missing")
     if not isinstance(raw[field], list):
         raise UserError(f"{where}: field {field} must be a list, this is {_kind(raw[field])}")
+    seen: set[str] = set()
     for index, value in enumerate(raw[field]):
+        at = f"{where}: {field}[{index}]"
         try:
-            yield _row(value, f"{name}-{index}", f"{where}: {field}[{index}]")
-        except UserError:
+            row = _row(value, f"{name}-{index}", at)
+            if row.id in seen:
+                raise UserError(f"{at}: field id is {row.id} again, of an earlier row; ids differ")
+        except UserError as error:
             if on_bad_row == "raise":
-                raise
+                raise _BadRow(
+                    f"{error}; mend the row, or leave such rows out with data.on_bad_row='skip'",
+                    field,
+                    index,
+                ) from None
             skipped[field] += 1
+            continue
+        if on_empty != "keep" and not all(text.strip() for text in row.outputs):
+            if on_empty == "raise":
+                raise _BadRow(
+                    f"{at}: field output is empty; mend the row, or set data.empty_targets='keep' "
+                    "(nothing is the right answer) or 'skip'",
+                    field,
+                    index,
+                )
+            skipped[f"{field}, empty output"] += 1
+            continue
+        seen.add(row.id)
+        yield row
 
 
 def _row(value: Any, default_id: str, at: str) -> Row:
-    """One checked row. An empty output is legal (the official data has six), a missing one not."""
+    """One checked row."""
     if not isinstance(value, dict):
         raise UserError(f"{at} must be an object with input and output, this is {_kind(value)}")
     for key in ("input", "output"):
@@ -286,95 +334,3 @@ def _row(value: Any, default_id: str, at: str) -> Row:
 def _kind(value: Any) -> str:
     names = {dict: "an object", list: "a list", str: "text", type(None): "null", bool: "a boolean"}
     return names.get(type(value), "a number")
-
-
-# ------------------------------------------------------------------- the conditioning text
-
-
-class Conditioning(NamedTuple):
-    """`ids` [<= max_len] int32 ending in EOS, how many examples went, and whether text was cut."""
-
-    ids: np.ndarray
-    dropped: int
-    truncated: bool
-
-
-def example_text(example: Example) -> str:
-    """How one shown example is written."""
-    return f"{INPUT_LABEL}{example[0].strip()}{OUTPUT_LABEL}{example[1].strip()}"
-
-
-def text_key(text: str) -> str:
-    """Two inputs with equal keys are the same input, however they are spaced."""
-    return " ".join(text.split())
-
-
-def join_conditioning(
-    instruction: Sequence[int] | np.ndarray,
-    examples: Sequence[Sequence[int] | np.ndarray],
-    max_len: int,
-    on_long: OnLong = "raise",
-    where: str = "the task",
-    layout: str = "apart",
-) -> Conditioning:
-    """Joins encoded instruction and examples, dropping whole examples, last first, to fit.
-
-    Args:
-        instruction: ids without EOS; empty when no instruction is shown.
-        examples: ids of each `example_text`, in order.
-        max_len: the most ids there may be, EOS included.
-        on_long: what to do when the instruction alone (or, without one, the first example alone)
-            does not fit: raise, or cut it.
-        where: what errors call the task: its name or file.
-        layout: one of LAYOUTS. With "parts" the instruction and each example end in an EOS of
-            their own; with "concat" there may be nothing but that EOS, for inputs that say their
-            task themselves.
-
-    Raises:
-        UserError: nothing to condition on, or over-long and `on_long` is 'raise'.
-    """
-    if layout == "concat" and not len(instruction) and not examples:
-        return Conditioning(np.array([EOS_ID], np.int32), 0, False)
-    if layout == "parts":
-        # Between the parts; the last one's is the EOS that ends every conditioning.
-        alone = 0 if len(instruction) else 1
-        ended = [np.append(np.int32(EOS_ID), ids) for ids in examples[alone:]]
-        examples = [*examples[:alone], *ended]
-    room = max_len - 1 - len(instruction)
-    kept = 0
-    for ids in examples:
-        room -= len(ids)
-        if room < 0:
-            break
-        kept += 1
-    parts = [instruction, *examples[:kept]]
-    truncated = False
-    if not len(instruction) and not kept:
-        if not examples:
-            raise UserError(f"{where}: neither instruction nor example to condition on")
-        parts, kept, truncated = [examples[0]], 1, True
-    truncated = truncated or len(instruction) > max_len - 1
-    if truncated and on_long == "raise":
-        what = "instruction" if len(instruction) else "first example"
-        raise UserError(
-            f"{where}: the {what} alone is {len(parts[0])} tokens and EOS, and the conditioning "
-            f"holds {max_len}; shorten it, raise data.hyper_length, or cut it in training with "
-            "data.on_long_instruction='truncate'"
-        )
-    ids = np.concatenate([np.asarray(part, np.int32) for part in parts])[: max_len - 1]
-    return Conditioning(np.append(ids, np.int32(EOS_ID)), len(examples) - kept, truncated)
-
-
-def format_conditioning(
-    instruction: str,
-    examples: Sequence[Example],
-    vocab: Vocabulary,
-    max_len: int,
-    on_long: OnLong = "raise",
-    where: str = "the task",
-    layout: str = "apart",
-) -> tuple[np.ndarray, int]:
-    """`join_conditioning` of texts: ([<= max_len] int32 ids ending in EOS, examples dropped)."""
-    ids = vocab.encode(instruction.strip())
-    shown = [vocab.encode(example_text(example)) for example in examples]
-    return join_conditioning(ids, shown, max_len, on_long, where, layout)[:2]

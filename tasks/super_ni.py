@@ -3,10 +3,12 @@
     FOLDER/tasks/<task>.json
     FOLDER/splits/default/{train,test}_tasks.txt     one task name a line
 
-Each task is a SeqIO Task `sni_<task>` (hyphens become underscores) with the features hyper_inputs
-(the instruction and up to two of its examples), inputs and targets; all references and the row's
-id pass through. `sni_train` and `sni_test` are Mixtures of them. As in Tk-Instruct (Wang et al.
-2022) every task has the same rate; with `max_instances` set, T0's rule applies: the number of rows,
+Each task is a SeqIO Task `sni_<task>` (hyphens become underscores) with the features hyper_inputs,
+inputs and targets; all references and the row's id pass through. `sni_train` and `sni_test` are
+Mixtures of them. What hyper_inputs hold says `data.variant`, as the published results are named:
+def (the definition alone), def_pos_1, def_pos_2 (with its first positive examples; '' is as this
+one), pos_k (k of them, drawn, alone). As in Tk-Instruct (Wang et al. 2022) every task has the same
+rate; with `data.max_instances_per_task` (100 there) set, T0's rule applies: the number of rows,
 capped.
 """
 
@@ -22,18 +24,20 @@ from typing import Any
 import numpy as np
 
 from hyper_t5.errors import UserError
+from hyper_t5.prompts import ENCODINGS, ShowRule, example_text, show_rule
 from hyper_t5.taskfile import (
-    OnBadRow,
+    Example,
+    Row,
     TaskRows,
-    example_text,
     parse_sni_task,
     read_sni_task,
     take_rows,
+    text_key,
 )
 from hyper_t5.tasks.common import FEATURES, register_once, seqio, seqio_name, text_features, tf
 from hyper_t5.vocab import Vocabulary
 
-SHOTS = 2  # examples in a Task's hyper_inputs: the published "Def+2Pos"
+DEF_POS_2 = ShowRule(True, 2, 2, True)  # of a Task's hyper_inputs: the published "Def+2Pos"
 TaskFile = Path | Mapping[str, Any]
 
 HELD_OUT = ("test",)
@@ -48,14 +52,7 @@ def register(data_config: Any, split: str, vocab: Vocabulary) -> str:
     files = split_files(
         data_config.sni_dir, split, data_config.get("on_missing_task", "raise") == "skip"
     )
-    return register_sni_tasks(
-        "sni",
-        split,
-        files,
-        vocab,
-        on_bad_row=data_config.on_bad_row,
-        max_instances=data_config.max_instances_per_task,
-    )
+    return register_sni_tasks("sni", split, files, vocab, data_config)
 
 
 def split_files(sni_dir: str, split: str, skip_missing: bool = False) -> dict[str, Path]:
@@ -102,8 +99,7 @@ def register_sni_tasks(
     split: str,
     tasks: Mapping[str, TaskFile],
     vocab: Vocabulary,
-    on_bad_row: OnBadRow = "raise",
-    max_instances: int = 0,
+    data_config: Any,
 ) -> str:
     """Registers SNI-style tasks as `<prefix>_<task>` and their Mixture `<prefix>_<split>`.
 
@@ -112,13 +108,13 @@ def register_sni_tasks(
 
     Args:
         prefix: of the names.
-        split: the one SeqIO split that each Task has. Of more than `max_instances` rows, 'train'
+        split: the one SeqIO split that each Task has. Of more than
+            `data.max_instances_per_task` rows, 'train'
             keeps a random choice (the same in every run) and any other split the first, which in
             the official files are balanced over labels.
         tasks: by name, a path or the parsed JSON object.
         vocab: of all features.
-        on_bad_row: as `parse_sni_task`.
-        max_instances: rows a task; 0 keeps all.
+        data_config: says how rows are checked, how many are kept, and what hyper_inputs hold.
 
     Returns:
         The Mixture's name.
@@ -128,20 +124,27 @@ def register_sni_tasks(
     """
     if not tasks:
         raise UserError(f"{prefix}: the {split} split has no tasks")
-    how = (split, on_bad_row, max_instances, vocab.identity())
+    c = data_config
+    how = (
+        split,
+        *(c.on_bad_row, c.empty_targets, c.max_instances_per_task, c.variant, c.encoding),
+        vocab.identity(),
+    )
     names = [seqio_name(prefix, name) for name in tasks]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise UserError(f"{prefix}: two tasks of the {split} split become {twice}; rename one")
     signatures = [(_content(file), *how) for file in tasks.values()]
     for task_name, signature, (name, file) in zip(names, signatures, tasks.items(), strict=True):
-        source = SniSource(name, file, split, on_bad_row, max_instances)
+        source = SniSource(name, file, split, c)
         make = functools.partial(_task, task_name, source, vocab)
         register_once(seqio.TaskRegistry, task_name, signature, make)
-    rate = (lambda task: float(len(task.source.task_rows().rows))) if max_instances else 1.0
+    rate: Any = 1.0
+    if c.max_instances_per_task:
+        rate = lambda task: float(len(task.source.task_rows().rows))  # noqa: E731
     mixture = seqio_name(prefix, split)
     mix = functools.partial(seqio.Mixture, mixture, names, default_rate=rate)
-    register_once(seqio.MixtureRegistry, mixture, (names, signatures, max_instances), mix)
+    register_once(seqio.MixtureRegistry, mixture, (names, signatures), mix)
     return mixture
 
 
@@ -153,14 +156,17 @@ class SniSource(seqio.FunctionDataSource):
     hour, while reading and encoding all the files takes seconds. A test holds both to the same ids.
     """
 
-    def __init__(
-        self, name: str, file: TaskFile, split: str, on_bad_row: OnBadRow, max_instances: int
-    ) -> None:
+    def __init__(self, name: str, file: TaskFile, split: str, data_config: Any) -> None:
+        c = data_config
         self.task = name
         self._file = file
         self._split = split
-        self._on_bad_row: OnBadRow = on_bad_row
-        self._max_instances = max_instances
+        self._max_instances: int = c.max_instances_per_task
+        # Of the first rows only what is kept is read, and checked.
+        first = 0 if split == "train" else self._max_instances
+        self._how = (c.on_bad_row, first, c.empty_targets)
+        self._show = show_rule(c) if c.variant else DEF_POS_2
+        self._encoding: str = c.encoding
         self._rows: TaskRows | None = None
         super().__init__(dataset_fn=self._dataset, splits=[split])
 
@@ -171,11 +177,10 @@ class SniSource(seqio.FunctionDataSource):
             UserError: as `parse_sni_task`.
         """
         if self._rows is None:
-            first = 0 if self._split == "train" else self._max_instances
             if isinstance(self._file, Path):
-                task = read_sni_task(self._file, self._on_bad_row, first)
+                task = read_sni_task(self._file, *self._how)
             else:
-                task = parse_sni_task(self._file, self.task, "", self._on_bad_row, first)
+                task = parse_sni_task(self._file, self.task, "", *self._how)
             self._rows = _choose_rows(task, self._max_instances)
         return self._rows
 
@@ -197,16 +202,28 @@ class SniSource(seqio.FunctionDataSource):
 
     def _generate(self) -> Iterator[dict[str, Any]]:
         task = self.task_rows()
+        encoding = ENCODINGS[self._encoding]
+        instruction = encoding.instruction(task.instruction) if self._show.instruction else ""
         for row in task.rows:
-            shown = [e for e in task.examples if e[0].strip() != row.input.strip()][:SHOTS]
+            shown = enumerate(self._shown(task, row))
+            texts = [example_text(example, i, self._encoding) for i, example in shown]
             yield {
                 "id": row.id,
-                "instruction": task.instruction,
-                "examples": np.array([example_text(e) for e in shown], dtype=object),
-                "inputs": row.input,
+                "instruction": instruction,
+                "examples": np.array(texts, dtype=object),
+                "inputs": encoding.asked(row.input),
                 "targets": row.outputs[0],
                 "references": np.array(row.outputs, dtype=object),
             }
+
+    def _shown(self, task: TaskRows, row: Row) -> list[Example]:
+        """The examples shown with a row: the task's first, or drawn by the row's id."""
+        key = text_key(row.input)
+        pool = [example for example in task.examples if text_key(example[0]) != key]
+        if not self._show.first:
+            rng = np.random.default_rng([42, zlib.crc32(row.id.encode())])
+            pool = [pool[i] for i in rng.permutation(len(pool))]
+        return pool[: self._show.most]
 
 
 def _choose_rows(task: TaskRows, most: int) -> TaskRows:
@@ -245,7 +262,7 @@ def _conditioning(
 ) -> tf.data.Dataset:
     """hyper_inputs (ids, no EOS yet) from instruction and examples, whole examples dropped to fit.
 
-    The same rule as `taskfile.join_conditioning`, in TensorFlow.
+    The same rule as `prompts.join_conditioning`, in TensorFlow.
     """
     vocabulary = output_features["hyper_inputs"].vocabulary
     limit = (sequence_length or {}).get("hyper_inputs")

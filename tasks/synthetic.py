@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from hyper_t5.errors import UserError
-from hyper_t5.taskfile import example_text
+from hyper_t5.prompts import example_text
 from hyper_t5.vocab import Vocabulary
 
 SPLITS = ("train", "unseen_compositions", "unseen_wordings")
@@ -413,9 +413,7 @@ def register(data_config: Any, split: str, vocab: Vocabulary) -> str:
     if split not in SPLITS:
         raise UserError(f"split {split!r} is none of the embedded suite's: {', '.join(SPLITS)}")
     tasks = suite()[split]
-    return register_sni_tasks(
-        "synthetic", split, tasks, vocab, max_instances=data_config.max_instances_per_task
-    )
+    return register_sni_tasks("synthetic", split, tasks, vocab, data_config)
 
 
 def write(folder: Path, seed: int = 0) -> None:

@@ -16,52 +16,46 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from hyper_t5 import config as config_lib
 from hyper_t5 import data
 from hyper_t5.errors import UserError
-from hyper_t5.taskfile import (
-    Row,
-    TaskRows,
-    example_text,
-    format_conditioning,
-    read_sni_task,
-    read_task_file,
-)
+from hyper_t5.prompts import Conditioning, OnLong, example_text, join_conditioning
+from hyper_t5.taskfile import Example, Row, TaskRows, read_sni_task, read_task_file
 from hyper_t5.vocab import EOS_ID, ByteVocabulary, load_vocab
 
 BYTES = ByteVocabulary()
 
 
 def make_config(**fields: Any) -> ConfigDict:
-    config = ConfigDict(
-        {
-            "stage": "mtf",
-            "seed": 3,
-            "data": {
-                "mixture": "sni",
-                "sni_dir": "",
-                "text": "",
-                "vocab": "bytes",
-                "extra_ids": 0,
-                "cache_dir": "",
-                "hyper_length": 160,
-                "input_length": 24,
-                "target_length": 12,
-                "tasks_per_batch": 3,
-                "examples_per_task": 4,
-                "shots": (0, 2),
-                "use_instruction": True,
-                "on_bad_row": "raise",
-                "on_missing_task": "raise",
-                "on_long_instruction": "raise",
-                "chunk_length": 64,
-                "segment_shares": (0.25, 0.25),
-                "max_instances_per_task": 0,
-            },
-            "eval": {"mixture": "", "split": "", "max_rows_per_task": 5, "shots": 2},
-        }
+    config = config_lib.defaults()
+    config.seed = 3
+    config.eval.update(max_rows_per_task=5, shots=2)
+    config.data.update(
+        mixture="sni",
+        vocab="bytes",
+        extra_ids=0,
+        hyper_length=160,
+        input_length=24,
+        target_length=12,
+        tasks_per_batch=3,
+        examples_per_task=4,
+        chunk_length=64,
     )
     config.data.update(fields)
     return config
+
+
+def format_conditioning(
+    instruction: str,
+    examples: list[Example],
+    max_len: int,
+    on_long: OnLong = "raise",
+    where: str = "the task",
+    layout: str = "apart",
+) -> Conditioning:
+    shown = [BYTES.encode(example_text(example)) for example in examples]
+    ids = BYTES.encode(instruction)
+    return join_conditioning(ids, shown, max_len, on_long, where, layout)
 
 
 def sni_object(name: str, rows: int = 8, examples: int = 3) -> dict[str, Any]:
@@ -148,7 +142,7 @@ def test_bad_task_files_name_file_and_field(change: Any, message: str, tmp_path:
     change(raw)
     path = tmp_path / "task9_bad.json"
     path.write_text(json.dumps(raw))
-    with pytest.raises(UserError, match=rf"task9_bad\.json: .*{message}") as error:
+    with pytest.raises(UserError, match=rf"task9_bad\.json(, line 1)?: .*{message}") as error:
         read_sni_task(path)
     assert "\n" not in str(error.value)
 
@@ -213,25 +207,25 @@ def test_task_file_in_both_forms(tmp_path: Path) -> None:
 
 def test_conditioning_drops_whole_examples_last_first() -> None:
     examples = [("one", "1"), ("two", "2"), ("three", "3")]
-    whole, dropped = format_conditioning("Count.", examples, BYTES, 1000)
+    whole, dropped, _ = format_conditioning("Count.", examples, 1000)
     assert dropped == 0
     assert BYTES.decode(whole) == "Count." + "".join(map(example_text, examples))
     assert whole[-1] == EOS_ID
     for length in range(len(whole), 6, -1):
-        ids, dropped = format_conditioning("Count.", examples, BYTES, length)
+        ids, dropped, _ = format_conditioning("Count.", examples, length)
         assert len(ids) <= length
         assert BYTES.decode(ids) == "Count." + "".join(map(example_text, examples[: 3 - dropped]))
         one_more = examples[: 4 - dropped]
         if dropped:
-            assert len(format_conditioning("Count.", one_more, BYTES, 1000)[0]) > length
+            assert len(format_conditioning("Count.", one_more, 1000)[0]) > length
     with pytest.raises(UserError, match=r"T: the instruction alone is 6 tokens .* holds 6"):
-        format_conditioning("Count.", examples, BYTES, 6, where="T")
-    cut, dropped = format_conditioning("Count.", examples, BYTES, 6, on_long="truncate")
+        format_conditioning("Count.", examples, 6, where="T")
+    cut, dropped, _ = format_conditioning("Count.", examples, 6, on_long="truncate")
     assert (BYTES.decode(cut), cut[-1], dropped) == ("Count", EOS_ID, 3)
     with pytest.raises(UserError, match="neither instruction nor example"):
-        format_conditioning("", [], BYTES, 100)
+        format_conditioning("", [], 100)
     with pytest.raises(UserError, match="the first example alone"):
-        format_conditioning("", examples, BYTES, 10)
+        format_conditioning("", examples, 10)
 
 
 def test_parts_end_in_an_eos_each_and_none_is_cut() -> None:
@@ -241,15 +235,13 @@ def test_parts_end_in_an_eos_each_and_none_is_cut() -> None:
         sizes = [len(BYTES.encode(text)) + 1 for text in texts]
         for length in range(sum(sizes), sizes[0] - 1, -1):
             fit = int(np.sum(np.cumsum(sizes) <= length))
-            ids, dropped = format_conditioning(instruction, examples, BYTES, length, layout="parts")
+            ids, dropped, _ = format_conditioning(instruction, examples, length, layout="parts")
             assert ended_parts(ids) == texts[:fit]
             assert dropped == len(texts) - fit
-    cut, dropped = format_conditioning(
-        "Count.", examples, BYTES, 6, on_long="truncate", layout="parts"
-    )
+    cut, dropped, _ = format_conditioning("Count.", examples, 6, on_long="truncate", layout="parts")
     assert (ended_parts(cut), dropped) == (["Count"], 3)
     with pytest.raises(UserError, match="the first example alone is 21 tokens"):
-        format_conditioning("", examples, BYTES, 21, layout="parts")
+        format_conditioning("", examples, 21, layout="parts")
 
 
 # ------------------------------------------------------------------------------ episodes
@@ -386,7 +378,7 @@ def test_what_cannot_be_an_episode_is_refused_at_the_start() -> None:
         sampler([rows_of("b"), rows_of("a", instructions=("x" * 160,))])
     made = sampler([rows_of("a", instructions=("x" * 160,))], on_long_instruction="truncate")
     made.batch(0)
-    assert made.stats["truncated_instructions"] == 3
+    assert made.stats["truncated_conditionings"] == 3
 
 
 def test_concat_reads_the_same_episodes() -> None:
@@ -508,16 +500,17 @@ def test_registering_another_folder_replaces(sni_dir: Path, tmp_path: Path) -> N
     raw = sni_object("task4_e", rows=2)
     from hyper_t5.tasks.super_ni import register_sni_tasks
 
-    data.load_tasks("sni", make_config(sni_dir=str(sni_dir)).data, "test", BYTES)
+    config = make_config(sni_dir=str(sni_dir)).data
+    data.load_tasks("sni", config, "test", BYTES)
     import seqio
 
-    assert register_sni_tasks("sni", "test", {"task4_e": raw}, BYTES) == "sni_test"
+    assert register_sni_tasks("sni", "test", {"task4_e": raw}, BYTES, config) == "sni_test"
     source = seqio.get_mixture_or_task("sni_task4_e").source
     assert len(source.task_rows().rows) == 2
     with pytest.raises(UserError, match="has no tasks"):
-        register_sni_tasks("sni", "test", {}, BYTES)
+        register_sni_tasks("sni", "test", {}, BYTES, config)
     with pytest.raises(UserError, match="become sni_a_b"):
-        register_sni_tasks("sni", "test", {"a-b": raw, "a_b": raw}, BYTES)
+        register_sni_tasks("sni", "test", {"a-b": raw, "a_b": raw}, BYTES, config)
 
 
 def test_max_instances_caps_rows_and_rate(sni_dir: Path) -> None:

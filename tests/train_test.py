@@ -451,7 +451,7 @@ def test_a_long_instruction_may_be_cut(make: Any, sni: Path, tmp_path: Path) -> 
         edit(file, lambda c: c.update(Definition="much too long " * 50))
     config = make(data__sni_dir=str(long), data__on_long_instruction="truncate", train__steps=1)
     runs.run(config, tmp_path / "run")
-    assert runs.lines(tmp_path / "run")[-1]["data/truncated_instructions"] >= 2
+    assert runs.lines(tmp_path / "run")[-1]["data/truncated_conditionings"] >= 2
 
 
 def test_a_workdir_of_another_config_is_refused(
