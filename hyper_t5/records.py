@@ -436,6 +436,8 @@ def _numbers(
 
 
 def _floats(packed: bytes) -> np.ndarray:
+    if len(packed) % 4:
+        raise ValueError("ends in the middle of a number")
     return np.frombuffer(packed, "<f4")
 
 
