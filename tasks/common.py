@@ -69,6 +69,20 @@ with _without_noise():
     with contextlib.suppress(RuntimeError):  # whoever calls us has it running already
         tf.config.set_visible_devices([], "GPU")
 
+
+def tfds_build(argv: Sequence[str]) -> None:
+    """Runs `tfds build` with its flags; argv[0] is the program's name.
+
+    TFDS's own command (4.9.10) wants the package mlcroissant, whatever it is asked to do, for
+    another of its commands; this does not.
+    """
+    from absl import app
+    from tensorflow_datasets.scripts.cli import build, cli_utils
+
+    parse = cli_utils.make_flags_parser(build.Args, description="tfds build")
+    app.run(lambda args: args.execute(), list(argv), flags_parser=parse)
+
+
 FEATURES = ("hyper_inputs", "inputs", "targets")
 _signatures: dict[str, str] = {}  # name of a Task or Mixture -> what it was registered from
 _vocabularies: dict[str, seqio.Vocabulary] = {}
@@ -192,19 +206,35 @@ def register_rows(
     Returns:
         The Mixture's name.
     """
-    names = [seqio_name(prefix, f"{task}_{split}") for task in readers]
-    signature = (signature, sorted(readers), split, max_instances, vocab.identity())
-    for name, read in zip(names, readers.values(), strict=True):
-        make = functools.partial(_task, name, RowsSource(read, split, max_instances), vocab)
-        register_once(seqio.TaskRegistry, name, signature, make)
+    named = {seqio_name(prefix, f"{task}_{split}"): read for task, read in readers.items()}
+    signature = (signature, sorted(readers))
     mixture = seqio_name(prefix, split)
-    mix = functools.partial(seqio.Mixture, mixture, names, default_rate=_size)
-    register_once(seqio.MixtureRegistry, mixture, signature, mix)
-    return mixture
+    return register_mixture(mixture, split, named, signature, vocab, max_instances)
 
 
 def _size(task: seqio.Task) -> float:
     return float(len(task.source.task_rows().rows))
+
+
+def register_mixture(
+    mixture: str,
+    split: str,
+    readers: Mapping[str, Callable[[], TaskRows]],
+    signature: Any,
+    vocab: Vocabulary,
+    max_instances: int = 0,
+    rate: Callable[[seqio.Task], float] = _size,
+) -> str:
+    """As `register_rows`, with names that are SeqIO's as they are: of the Mixture, and of each Task
+    (the keys of `readers`). `rate` gives a Task's weight; what it goes by is of the signature.
+    """
+    signature = (signature, split, max_instances, vocab.identity())
+    for name, read in readers.items():
+        make = functools.partial(_task, name, RowsSource(read, split, max_instances), vocab)
+        register_once(seqio.TaskRegistry, name, signature, make)
+    mix = functools.partial(seqio.Mixture, mixture, list(readers), default_rate=rate)
+    register_once(seqio.MixtureRegistry, mixture, (signature, list(readers)), mix)
+    return mixture
 
 
 def choose_rows(task: TaskRows, split: str, most: int) -> TaskRows:
