@@ -459,6 +459,8 @@ def _validate_batch(config: ConfigDict) -> None:
             f"nothing: data.shots={data.shots[0]},{data.shots[1]} and eval.shots="
             f"{config.eval.shots} must allow one"
         )
+    if data.pack and config.stage == "hyperpretrain":
+        raise UserError("data.pack=True is for tasks; chunks of text fill their rows, set it False")
     if data.pack and hypermodels.SYSTEMS[config.system].reads == "input":
         raise UserError(
             f"data.pack=True puts examples of a task in one row, but system={config.system} has "

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from hyper_t5.episodes import Batch, EpisodeSampler, EvalTask, eval_episodes, real_tokens
 from hyper_t5.errors import UserError
+from hyper_t5.packing import examples_of
 from hyper_t5.prompts import LAYOUTS
 from hyper_t5.taskfile import Row, TaskRows, text_key
 from hyper_t5.text import TextSampler
@@ -34,6 +35,7 @@ __all__ = [
     "TaskRows",
     "TextSampler",
     "eval_episodes",
+    "examples_of",
     "extra_metrics",
     "held_out_splits",
     "load_judged",

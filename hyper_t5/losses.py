@@ -14,14 +14,17 @@ def token_loss(
     weights: Array,
     z_loss: float = 1e-4,
     label_smoothing: float = 0.0,
+    segments: Array | None = None,
 ) -> dict[str, Array]:
     """Cross-entropy with z-loss, as T5X's ``compute_weighted_cross_entropy``.
 
     Args:
       logits [B, L, V] float32; targets [B, L]; weights [B, L], 0 where padding.
       z_loss: factor of ``log(Z)^2``, which keeps the softmax normaliser near 1.
+      segments [B, L]: of packed rows, 1, 2, ... for the examples of each row.
     Returns: sums over the batch: ``loss`` (with z-loss), ``z_loss``, ``correct``, ``tokens``,
-      ``exact`` (rows whose every token is the likeliest) and ``rows``. All in nats or counts.
+      ``exact`` (examples whose every token is the likeliest) and ``rows`` (examples). All in nats
+      or counts.
     """
     vocab = logits.shape[-1]
     weights = weights.astype(jnp.float32)
@@ -38,14 +41,22 @@ def token_loss(
         nll = high * nll + low * (total - nll) - entropy
     penalty = z_loss * jnp.square(log_z)
     hit = (jnp.argmax(logits, -1) == targets) & (weights > 0)
-    real = jnp.any(weights > 0, -1)
+    real = weights > 0
+    wrong = real & ~hit
+    if segments is None:
+        examples, missed = jnp.sum(jnp.any(real, -1)), jnp.sum(jnp.any(wrong, -1))
+    else:
+        rows = jnp.arange(len(targets))[:, None]
+        place = jnp.zeros((len(targets), targets.shape[1] + 1), bool)  # 0 is padding
+        examples = jnp.sum(place.at[rows, segments].max(real)[:, 1:])
+        missed = jnp.sum(place.at[rows, segments].max(wrong)[:, 1:])
     return {
         "loss": jnp.sum((nll + penalty) * weights),
         "z_loss": jnp.sum(penalty * weights),
         "correct": jnp.sum(hit),
         "tokens": jnp.sum(weights),
-        "exact": jnp.sum(real & jnp.all(hit | (weights == 0), -1)),
-        "rows": jnp.sum(real),
+        "exact": examples - missed,
+        "rows": examples,
     }
 
 

@@ -71,19 +71,21 @@ class Model:
     def logits(self, params: Tree, batch: Tree, rng: Array | None = None) -> Array:
         """Teacher-forced float32 logits [T*G, Lt, V]; the hypermodel runs once a task.
 
+        ``batch`` is as ``episodes.EpisodeSampler`` makes it, packed or not.
+
         Where it reads the inputs it runs once a row, and leaves the backbone nothing to encode.
         """
         keys = (None, None) if rng is None else jax.random.split(rng)
-        rows = {k: batch[k].reshape(-1, batch[k].shape[-1]) for k in ("inputs", "targets")}
+        of_rows = batch.keys() - {"hyper_inputs", "tasks"}
+        rows = {k: batch[k].reshape(-1, batch[k].shape[-1]) for k in of_rows}
         ids, tasks = batch["hyper_inputs"], batch["tasks"]
         if self.choice.reads == "input":
             ids, tasks = rows["inputs"], jnp.repeat(tasks, len(rows["inputs"]) // len(tasks))
             rows["inputs"] = ids[:, :0]
         return t5.T5(self.sizes).apply(
             {"params": params[BACKBONE]},
-            rows["inputs"],
-            rows["targets"],
-            self.adapters(params, ids, tasks, keys[0]),
+            adapters=self.adapters(params, ids, tasks, keys[0]),
+            **rows,
             deterministic=rng is None,
             rngs=None if rng is None else {"dropout": keys[1]},
         )

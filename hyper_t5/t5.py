@@ -187,7 +187,7 @@ def attend(
       bias: mask and position bias, broadcastable to [B, H, L, M], float32.
       prefix: ``key``/``value`` [T, P, H, K], optional ``mask`` [T, P]. They join at the logits:
         never copied to the G rows of a task.
-      prefix_bias: [H, L, P], float32.
+      prefix_bias: [H, L, P], or [B, H, L, P] where rows are packed, float32.
       dropout: applied to the probabilities [B, H, L, P + M].
     Returns: [B, L, H, K].
     """
@@ -202,6 +202,8 @@ def attend(
     extra = jnp.einsum("tglhk,tphk->tghlp", rows, prefix["key"].astype(query.dtype))
     extra = extra.astype(jnp.float32)
     if prefix_bias is not None:
+        if prefix_bias.ndim == 4:
+            prefix_bias = prefix_bias.reshape(extra.shape)
         extra += prefix_bias
     if "mask" in prefix:
         extra = jnp.where(prefix["mask"][:, None, None, None, :], extra, MASKED)
@@ -527,8 +529,9 @@ class Encoder(nn.Module):
         adapters: Adapters | None = None,
         deterministic: bool = True,
         collect: bool = False,
+        positions: Array | None = None,
     ) -> Any:
-        """x [B, L, D], mask [B, L, L] -> [B, L, D].
+        """x [B, L, D], mask [B, L, L], positions [B, L] of packed rows -> [B, L, D].
 
         With ``collect`` also each layer's keys and values [N, B, L, H, K] and its input
         [N, B, L, D].
@@ -537,7 +540,7 @@ class Encoder(nn.Module):
         relpos = RelativeBias(c, bidirectional=True, name="relpos_bias")
         bias = relpos(length, length) + mask_bias(mask)
         tree = _stack_adapters(adapters, {"self": "enc_self", "mlp": "enc_mlp"})
-        prefix_bias = _prefix_bias(relpos, adapters, "enc_self", length)
+        prefix_bias = _prefix_bias(relpos, adapters, "enc_self", length, positions=positions)
         x = _dropout(c, -2, deterministic)(x).astype(c.dtype)
         layers = _scan(EncoderLayer, c, c.num_encoder_layers, 3)(c, collect, name="layers")
         x, collected = layers(x, tree, bias, prefix_bias, deterministic)
@@ -581,13 +584,19 @@ class Decoder(nn.Module):
         memory_mask: Array,
         adapters: Adapters | None = None,
         deterministic: bool = True,
+        positions: Array | None = None,
     ) -> Array:
-        """x [B, L, D], memory [B, M, D], mask [B, L, L], memory_mask [B, L, M] -> [B, L, D]."""
+        """x [B, L, D], memory [B, M, D], mask [B, L, L], memory_mask [B, L, M] -> [B, L, D].
+
+        ``positions`` [B, L] are those of packed rows, which start anew with each segment.
+        """
         length = x.shape[1]
         if self.causal:
             mask = mask & np.tri(length, dtype=bool)
         bias = self.relpos_bias(length, length) + mask_bias(mask)
-        prefix_bias = _prefix_bias(self.relpos_bias, adapters, "dec_self", length)
+        prefix_bias = _prefix_bias(
+            self.relpos_bias, adapters, "dec_self", length, positions=positions
+        )
         x = self.dropout(x, deterministic=deterministic).astype(self.config.dtype)
         layer = {"adapters": _stack_adapters(adapters, _DECODER_SITES)}
         x, _ = self.layers(
@@ -676,14 +685,20 @@ def _prefix_bias(
     site: str,
     queries: int,
     offset: int | Array = 0,
+    positions: Array | None = None,
 ) -> Array | None:
-    """[H, queries, P] for spec.position_bias 'hf': slot j stands P - j places before position 0."""
+    """[H, queries, P] for spec.position_bias 'hf': slot j stands P - j places before position 0.
+
+    [B, H, queries, P] by ``positions`` [B, queries], where these are given: a row's own biases are
+    by distance and so the same in any segment, but the prefix stands before each of them.
+    """
     spec = adapters.spec.prefix if adapters is not None else None
     if spec is None or site not in spec.sites or spec.position_bias == "zero":
         return None
     assert adapters is not None
     slots = adapters.tree[site]["prefix"]["key"].shape[2]
-    return relpos(queries, slots, slots + offset)
+    bias = relpos(queries, slots, slots + offset)
+    return bias if positions is None else jnp.moveaxis(bias[:, positions], 0, 1)
 
 
 class T5(nn.Module):
@@ -705,10 +720,15 @@ class T5(nn.Module):
         decoder_inputs: Array | None = None,
         input_segments: Array | None = None,
         target_segments: Array | None = None,
+        input_positions: Array | None = None,
+        target_positions: Array | None = None,
         deterministic: bool = True,
     ) -> Array:
-        """inputs [B, L], targets [B, Lt] -> float32 logits [B, Lt, V] (teacher forcing)."""
-        encoded = self.encode(inputs, adapters, input_segments, deterministic)
+        """inputs [B, L], targets [B, Lt] -> float32 logits [B, Lt, V] (teacher forcing).
+
+        Segments and positions are those of packed rows (see ``packing``), of the same shapes.
+        """
+        encoded = self.encode(inputs, adapters, input_segments, input_positions, deterministic)
         if decoder_inputs is None:
             decoder_inputs = shift_right(targets, target_segments)
         x = self.decoder(
@@ -718,6 +738,7 @@ class T5(nn.Module):
             pair_mask(targets, inputs, target_segments, input_segments),
             adapters,
             deterministic,
+            target_positions,
         )
         return self._logits(x)
 
@@ -726,13 +747,16 @@ class T5(nn.Module):
         inputs: Array,
         adapters: Adapters | None = None,
         segments: Array | None = None,
+        positions: Array | None = None,
         deterministic: bool = True,
     ) -> Array:
         """inputs [B, L] -> [B, L, D]; nothing for L = 0, where a hypermodel has read the inputs."""
         if not inputs.shape[1]:
             return jnp.zeros((*inputs.shape, self.config.emb_dim), self.config.dtype)
         mask = pair_mask(inputs, inputs, segments, segments)
-        return self.encoder(self.token_embedder(inputs), mask, adapters, deterministic)
+        return self.encoder(
+            self.token_embedder(inputs), mask, adapters, deterministic, positions=positions
+        )
 
     def start(
         self, encoded: Array, inputs: Array, adapters: Adapters | None, steps: int

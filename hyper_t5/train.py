@@ -37,8 +37,9 @@ def loss_sums(
 ) -> tuple[Array, dict[str, Array]]:
     """(summed loss, sums and counts) of a batch; see ``losses.token_loss``."""
     logits = m.logits({**frozen, **trained}, batch, rng)
-    targets = batch["targets"].reshape(-1, batch["targets"].shape[-1])
-    sums = losses.token_loss(logits, targets, targets > 0, z_loss, label_smoothing)
+    rows = {k: v.reshape(-1, v.shape[-1]) for k, v in batch.items() if k.startswith("target")}
+    targets, segments = rows["targets"], rows.get("target_segments")
+    sums = losses.token_loss(logits, targets, targets > 0, z_loss, label_smoothing, segments)
     return sums["loss"], sums
 
 
@@ -141,10 +142,7 @@ def train(config: ConfigDict, folder: str | Path) -> dict[str, float]:
         for index in range(first, config.train.steps):
             batch = next(batches)
             state, sums = step(state, frozen, batch, key)
-            progress.count(
-                batch["targets"].shape[0] * batch["targets"].shape[1],
-                data.real_tokens(batch),
-            )
+            progress.count(data.examples_of(batch), data.real_tokens(batch))
             # Sums are fetched only when a line is due, so that the device never waits for the host.
             waiting.append((index + 1, sums))
             done = index + 1 == config.train.steps
