@@ -17,7 +17,6 @@ from __future__ import annotations
 import functools
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +30,17 @@ from hyper_t5.taskfile import (
     TaskRows,
     parse_sni_task,
     read_sni_task,
-    take_rows,
     text_key,
 )
-from hyper_t5.tasks.common import FEATURES, register_once, seqio, seqio_name, text_features, tf
+from hyper_t5.tasks.common import (
+    FEATURES,
+    choose_rows,
+    register_once,
+    seqio,
+    seqio_name,
+    text_features,
+    tf,
+)
 from hyper_t5.vocab import Vocabulary
 
 DEF_POS_2 = ShowRule(True, 2, 2, True)  # of a Task's hyper_inputs: the published "Def+2Pos"
@@ -181,7 +187,7 @@ class SniSource(seqio.FunctionDataSource):
                 task = read_sni_task(self._file, *self._how)
             else:
                 task = parse_sni_task(self._file, self.task, "", *self._how)
-            self._rows = _choose_rows(task, self._max_instances)
+            self._rows = choose_rows(task, self._split, self._max_instances)
         return self._rows
 
     def _dataset(
@@ -224,15 +230,6 @@ class SniSource(seqio.FunctionDataSource):
             rng = np.random.default_rng([42, zlib.crc32(row.id.encode())])
             pool = [pool[i] for i in rng.permutation(len(pool))]
         return pool[: self._show.most]
-
-
-def _choose_rows(task: TaskRows, most: int) -> TaskRows:
-    """`most` rows of a task, drawn once and for all by its name, in their order."""
-    if not most or len(task.rows) <= most:
-        return task
-    rng = np.random.default_rng([42, zlib.crc32(task.name.encode())])
-    chosen = sorted(rng.choice(len(task.rows), most, replace=False))
-    return replace(task, rows=take_rows(task.rows, chosen))
 
 
 def _content(file: TaskFile) -> Any:
