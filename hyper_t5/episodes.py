@@ -433,7 +433,9 @@ def concat_row(
     c = data_config
     if c.concat_length:
         asked = np.concatenate([label, ids]) if len(instruction) or examples else ids
-        return join_asked(instruction, examples, asked, c.concat_length, target, c.on_long_examples)
+        return join_asked(
+            instruction, examples, asked, c.concat_length, target + 1, c.on_long_examples
+        )
     front = [conditioning[:-1], label] if len(conditioning) > 1 else []
     joined = np.concatenate([*front, ids]).astype(np.int32)
     length = input_width(c, "concat")

@@ -125,13 +125,13 @@ def show_rule(data_config: Any, concat: bool = False) -> ShowRule:
     """
     c = data_config
     if variant := c.get("variant", ""):
-        found = re.fullmatch(r"(def)?(?:(?<=def)_)?(?:pos_([1-9]\d*))?", variant)
+        found = re.fullmatch(r"(def)(?:_pos_([1-9]\d*))?|pos_([1-9]\d*)", variant)
         if not found:
             raise UserError(
                 f"data.variant={variant!r} is unknown: 'def', 'def_pos_1', 'def_pos_2', 'pos_16' "
                 "(any number), or '' for data.shots and data.use_instruction"
             )
-        count = int(found[2] or 0)
+        count = int(found[2] or found[3] or 0)
         return ShowRule(bool(found[1]), count, count, bool(found[1]))
     fewest, most = int(c.shots[0]), int(c.shots[1])
     if not 0 <= fewest <= most:
@@ -236,7 +236,7 @@ def join_asked(
 
     "drop" is Tk-Instruct's rule: an example is kept where all before it, it and the input fit, and
     if instruction and input alone do not, the end is cut. "cut_left" is MetaICL's: the last ids of
-    all are kept, so many that `reserve` (the target's) fit too.
+    all are kept, so many that `reserve` (the target and its EOS) fit too.
     """
     if on_long_examples == "cut_left":
         ids = _joined([instruction, *examples, asked])

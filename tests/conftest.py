@@ -6,6 +6,9 @@ import hashlib
 import importlib.util
 import os
 import platform
+import shutil
+import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -55,3 +58,24 @@ def shared_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no reference data at {folder}; set HYPER_T5_SHARED to its folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def real_data(shared_dir: Path) -> Callable[[str], Path]:
+    """Unpacks a set of the reference data ("sni", "p3", "metaicl", "text"), once a checkout."""
+
+    def unpack(name: str) -> Path:
+        [archive] = (shared_dir / "data").glob(f"{name}.tar*")
+        kept = ROOT / ".cache" / "data" / f"{name}-{archive.stat().st_mtime_ns}"
+        if not kept.is_dir():
+            part = kept.with_name(f"{kept.name}.{os.getpid()}")
+            with tarfile.open(archive) as file:
+                file.extractall(part, filter="data")
+            try:
+                part.rename(kept)
+            except OSError:  # another worker was first
+                shutil.rmtree(part)
+        [folder] = kept.iterdir()
+        return folder
+
+    return unpack
