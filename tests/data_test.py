@@ -20,7 +20,15 @@ from hyper_t5 import config as config_lib
 from hyper_t5 import data
 from hyper_t5.errors import UserError
 from hyper_t5.prompts import Conditioning, OnLong, example_text, join_conditioning
-from hyper_t5.taskfile import Example, Row, TaskRows, read_sni_task, read_task_file
+from hyper_t5.taskfile import (
+    Example,
+    LazyRows,
+    Row,
+    TaskRows,
+    read_sni_task,
+    read_task_file,
+    take_rows,
+)
 from hyper_t5.vocab import EOS_ID, ByteVocabulary, load_vocab
 
 BYTES = ByteVocabulary()
@@ -262,6 +270,72 @@ def test_batches_are_a_pure_function_of_seed_and_step() -> None:
     stream = data.train_batches(sampler(tasks), start_step=4)
     np.testing.assert_array_equal(next(stream)["inputs"], first[4]["inputs"])
     np.testing.assert_array_equal(next(stream)["inputs"], first[5]["inputs"])
+
+
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("layout", data.LAYOUTS)
+def test_hosts_make_parts_of_one_batch(layout: str, pack: bool) -> None:
+    """The same global batch from 1, 2, 4 and 8 hosts, at any step, with samplers made anew."""
+    tasks = [rows_of(f"task{i}", rows=5 + i) for i in range(11)]
+    fields = {"tasks_per_batch": 8, "pack": pack, "input_length": 40}
+    for step in (0, 1, 7, 100_003):
+        whole = sampler(tasks, layout=layout, **fields).batch(step)
+        assert ("input_segments" in whole) == pack
+        for hosts in (2, 4, 8):
+            made = sampler(tasks, layout=layout, **fields)  # as after a restart
+            parts = [made.batch(step, host, hosts) for host in range(hosts)]
+            assert whole.keys() == parts[0].keys()
+            for name, array in whole.items():
+                np.testing.assert_array_equal(np.concatenate([p[name] for p in parts]), array)
+    with pytest.raises(UserError, match=r"tasks_per_batch=8 cannot be cut .* for 3 hosts"):
+        sampler(tasks, layout=layout, **fields).batch(0, 0, 3)
+
+
+def test_a_host_reads_the_rows_of_its_slots_only() -> None:
+    """Rows that lie on disk are read when they are drawn, and by the host that wants them."""
+    tasks = [rows_of(f"task{i}", rows=40) for i in range(8)]
+    read: list[str] = []
+
+    def lazy(task: TaskRows) -> TaskRows:
+        def row(number: int) -> Row:
+            read.append(task.name)
+            return task.rows[number]
+
+        return replace(task, rows=LazyRows(row, range(len(task.rows))))
+
+    fields = {"tasks_per_batch": 8, "examples_per_task": 2, "shots": (1, 1)}
+    made = sampler([lazy(task) for task in tasks], **fields)
+    assert not read, "rows were read at the start"
+    whole = sampler(tasks, **fields).batch(5)
+    part = made.batch(5, 1, 4)
+    np.testing.assert_array_equal(part["inputs"], whole["inputs"][2:4])
+    wanted = [tasks[i].name for i in whole["tasks"][2:4]]
+    assert sorted(set(read)) == sorted(wanted)
+    assert len(read) <= 2 * 4, "more rows than the two that are asked, and one or two passed over"
+
+
+def test_lazy_rows_are_rows() -> None:
+    rows = rows_of("a", rows=10).rows
+    lazy = LazyRows(rows.__getitem__, range(10))
+    assert list(lazy) == list(rows)
+    assert list(lazy[2:8][1:-1]) == list(rows[3:7])
+    assert lazy[-1] == rows[-1]
+    with pytest.raises(IndexError):
+        lazy[10]
+    taken = take_rows(lazy[2:], [3, 0])
+    assert isinstance(taken, LazyRows)
+    assert list(taken) == [rows[5], rows[2]]
+    assert take_rows(rows, [3, 0]) == (rows[3], rows[0])
+
+
+def test_tasks_of_very_many_rows_draw_each_once() -> None:
+    """Beyond PERMUTED places are drawn one by one: still without repetition, and repeatable."""
+    rows = LazyRows(lambda i: Row(f"{i}", f"{i}", ("x",)), range(10**9))
+    task = TaskRows("big", ("Say.",), (), rows)
+    fields = {"tasks_per_batch": 1, "examples_per_task": 50, "shots": (2, 2)}
+    first, again = (sampler([task], **fields).batch(3)["inputs"][0] for _ in range(2))
+    np.testing.assert_array_equal(first, again)
+    assert len({tuple(row) for row in first}) == 50
 
 
 def test_batch_layout() -> None:
