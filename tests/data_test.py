@@ -5,15 +5,18 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
 from hyper_t5 import config as config_lib
@@ -25,6 +28,7 @@ from hyper_t5.taskfile import (
     LazyRows,
     Row,
     TaskRows,
+    parse_sni_task,
     read_sni_task,
     read_task_file,
     take_rows,
@@ -170,6 +174,97 @@ def test_broken_files_name_the_line(tmp_path: Path) -> None:
         read_sni_task(path)
     with pytest.raises(UserError, match=r"none\.json: cannot read"):
         read_task_file(tmp_path / "none.json")
+
+
+def test_a_bad_row_names_its_line(tmp_path: Path) -> None:
+    raw = sni_object("t")
+    raw["Instances"][5]["output"] = 7
+    for text in (json.dumps(raw, indent=1), json.dumps(raw, indent=4).replace("\n", "\r\n")):
+        path = tmp_path / "task.json"
+        path.write_text(text, newline="")
+        line = text[: text.index('"t-row-5"')].count("\n")
+        with pytest.raises(UserError, match=rf"task\.json, line {line}: Instances\[5\]: .*'skip'"):
+            read_sni_task(path)
+
+
+def test_empty_targets_are_raised_skipped_or_kept(tmp_path: Path) -> None:
+    raw = sni_object("t")
+    raw["Instances"][3]["output"] = [" "]
+    raw["Instances"][4]["output"] = ["a", ""]
+    raw["Positive Examples"][1]["output"] = ""
+    path = tmp_path / "task.json"
+    path.write_text(json.dumps(raw))
+    with pytest.raises(UserError, match=r"Examples\[1\]: field output is empty;.*empty_targets"):
+        read_sni_task(path)
+    task = read_sni_task(path, on_empty="skip")
+    assert (len(task.rows), len(task.examples)) == (6, 2)
+    assert task.skipped == {"Instances, empty output": 2, "Positive Examples, empty output": 1}
+    task = read_sni_task(path, on_empty="keep")
+    assert (len(task.rows), task.skipped) == (8, {})
+
+
+def test_an_id_given_twice_is_a_bad_row(tmp_path: Path) -> None:
+    raw = sni_object("t")
+    raw["Instances"][6]["id"] = raw["Instances"][2]["id"]
+    path = tmp_path / "task.json"
+    path.write_text(json.dumps(raw))
+    with pytest.raises(UserError, match=r"Instances\[6\]: field id is t-row-2 again"):
+        read_sni_task(path)
+    assert read_sni_task(path, "skip").skipped == {"Instances": 1}
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+def read_or_told(read: Callable[[], TaskRows]) -> tuple[TaskRows | None, str]:
+    """What was read, or the one line that says why not."""
+    try:
+        return read(), ""
+    except UserError as error:
+        return None, str(error)
+
+
+@given(st.data())
+def test_whatever_a_task_file_holds_is_a_task_or_one_line(draw: st.DataObject) -> None:
+    """Any value in any place of the object: read, or told; under 'skip' no row goes uncounted."""
+    raw = sni_object("t", rows=4)
+    places = [(raw, key) for key in raw]
+    for field in ("Instances", "Positive Examples"):
+        places += [(raw[field], i) for i in range(len(raw[field]))]
+        places += [(row, key) for row in raw[field] for key in row]
+    for where, key in draw.draw(st.lists(st.sampled_from(places), max_size=3)):
+        where[key] = draw.draw(JSON)
+    on_empty = draw.draw(st.sampled_from(["skip", "keep"]))
+    given_rows = raw["Instances"]
+    task, message = read_or_told(
+        lambda: parse_sni_task(raw, "t", on_bad_row="skip", on_empty=on_empty)
+    )
+    if task is None:
+        assert len(message.splitlines()) == 1
+        return
+    lost = sum(n for field, n in task.skipped.items() if field.startswith("Instances"))
+    assert len(task.rows) + lost == len(given_rows)
+    assert all(isinstance(text, str) for row in task.rows for text in (row.input, *row.outputs))
+
+
+@given(st.binary(max_size=4), st.integers(0, 2000), st.booleans())
+def test_damaged_task_files_are_told_in_one_line(bytes_: bytes, at: int, cut: bool) -> None:
+    whole = json.dumps(sni_object("t", rows=4), indent=1).encode()
+    at = min(at, len(whole))
+    damaged = whole[:at] if cut else whole[:at] + bytes_ + whole[at + len(bytes_) :]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "task.json"
+        path.write_bytes(damaged)
+        task, message = read_or_told(lambda: read_sni_task(path))
+        if task is None:
+            assert message.startswith(str(path))
+            assert len(message.splitlines()) == 1
+        else:
+            assert len(task.rows) == 4
 
 
 def test_skipped_rows_are_counted(tmp_path: Path) -> None:
