@@ -13,7 +13,8 @@ Published ROUGE-L on the 119 test tasks, definition and two examples: Tk-Instruc
              task_lora | task_prefix | task_bottleneck: an adapter for each judged task, by gradient
                  on its rows that are not judged
     size     small | base | large | xl | xxl
-    mixture  sni | synthetic
+    mixture  sni | p3 | metaicl | synthetic; concat reads Tk-Instruct's text, T0's prompts alone,
+             MetaICL's 16 examples
 """
 
 from __future__ import annotations
@@ -35,8 +36,16 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config = mtf.get_config(f"system={args.system},size={args.size},mixture={args.mixture}")
     config.adapter.prefix_sites = ("enc_self", "dec_self", "dec_cross")
     if args.system == "concat":  # Tk-Instruct: 2 epochs of 75,417 rows, 16 at a time
-        config.data.hyper_length, config.data.input_length = 768, 256  # published: 1024 together
+        config.data.input_length, config.data.concat_length = 1024, 1024
         config.data.target_length = 128
+        if args.mixture == "sni":
+            config.data.encoding = "tk_instruct"
+        elif args.mixture == "p3":  # the prompts say the task themselves
+            config.data.variant, config.data.use_instruction = "", False
+            config.data.shots, config.eval.shots = (0, 0), 0
+            config.data.target_length = 256
+        elif args.mixture == "metaicl":
+            config.data.input_length = 256
         config.data.tasks_per_batch = 16
         config.train.steps = 9_427
         config.optimizer.learning_rate = 5e-5

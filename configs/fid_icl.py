@@ -23,6 +23,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     """The config of one run; ``arg`` as in the module's docstring."""
     args = config_lib.parse_args(arg, size="large", mixture="sni")
     config = mtf.get_config(f"system=fid_icl,size={args.size},mixture={args.mixture}")
+    config.data.variant = ""  # the instruction and 16 drawn examples
     config.data.shots, config.eval.shots = (16, 16), 16
     config.data.hyper_length = 16 * 256  # published: 256 an example
     config.data.input_length, config.data.target_length = 256, 64

@@ -17,8 +17,10 @@ base 33.3 (41.8), xl 47.2 (53.2), xxl 51.1 (56.4). Arguments:
     size     base | large | xl | xxl, as published; small
     stage    hyperpretrain: text cut in three, what the hypermodel reads, the input, the target
              mtf: many tasks
-    mixture  sni | synthetic
-Numbers are those of allenai/hyper-task-descriptions, its gin files and scripts.
+    mixture  sni | p3 | synthetic
+What is shown of a task is --gin.data.variant: def or def_pos_2; for P3 def, by masked prompts that
+--gin.data.p3_prompts gives. Numbers are those of allenai/hyper-task-descriptions, its gin files and
+scripts.
 """
 
 from __future__ import annotations
@@ -55,8 +57,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.adapter.prefix_sites = ATTENTION_SITES
     config.adapter.position_bias = "zero"
 
-    config.data.mixture = args.mixture
-    config.data.tasks_per_batch = 1024
+    config_lib.use_mixture(config, args.mixture)
+    config.data.tasks_per_batch = 2048 if args.mixture == "p3" and not pretrain else 1024
     config.data.examples_per_task = 1  # as published; 256 tasks of 4 would generate a quarter
     if pretrain:
         config.data.text = "synthetic" if args.mixture == "synthetic" else ""
@@ -66,9 +68,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     else:
         config.data.hyper_length, config.data.input_length = 1024, 1024
         config.data.target_length = 256
-        config.data.shots = (2, 2)  # two positive examples; 0,0 with eval.shots=0 is Def
-        config.data.max_instances_per_task = 100
-        config.data.on_long_instruction = "truncate"
+        if args.mixture == "p3":
+            config.data.variant, config.data.hyper_length = "def", 512
 
     config.train.steps = 10_000 if pretrain else 1_000
     config.train.save_every = 500 if pretrain else 100

@@ -16,12 +16,16 @@ large 47.6, XL 54.0. Arguments:
     system   hyper_prefix | hyper_lora; with _plus the backbone is trained along (HyperTuning+).
              Any other has these numbers too, but see the config of its own or baselines.py
     size     small | base | large | xl | xxl: of the backbone, and so of the hypermodel
-    mixture  sni: Super-NaturalInstructions in --gin.data.sni_dir | synthetic: the embedded suite
+    mixture  sni: Super-NaturalInstructions in --gin.data.sni_dir | p3: T0's training tasks in
+             --gin.data.p3_dir | metaicl: --gin.data.metaicl_setting in --gin.data.metaicl_dir |
+             synthetic: the embedded suite
+What is shown of a task is --gin.data.variant: def, def_pos_1, def_pos_2, pos_16.
 
 The HyperTuning paper (arXiv 2211.12485) could not be read in full and has no code. The numbers
 below are those of the nearest systems that say theirs:
-    [HyperLoRA]  its Table 5, the stage on Super-NaturalInstructions
+    [HyperLoRA]  its Table 5, the stages on Super-NaturalInstructions and on P3
     [Tk]         Tk-Instruct, whose training and test rows everyone has used since
+    [MetaICL]    its data: 16 examples, 256 tokens each and 1,024 in all
 """
 
 from __future__ import annotations
@@ -29,6 +33,14 @@ from __future__ import annotations
 from ml_collections import ConfigDict
 
 from hyper_t5 import config as config_lib
+
+LENGTHS = {  # of what the hypermodel reads, of inputs, of targets
+    "sni": (2048, 2048, 512),  # [HyperLoRA]; [Tk] has 1024 in all and 128
+    "p3": (1024, 384, 128),  # [HyperLoRA]
+    "metaicl": (1024, 256, 128),  # [MetaICL]; the longest answers are cut at ours
+    "synthetic": (128, 64, 32),
+}
+BATCHES = {"sni": (96, 32_256), "p3": (128, 130_000)}  # and steps, [HyperLoRA]; ours for others
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -47,18 +59,14 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.adapter.lora_alpha = 8.0  # [HyperLoRA]'s table; its text says 0.8
     config.adapter.prefix_length = 32  # ours: the paper's length could not be found
 
-    config.data.mixture = args.mixture
-    config.data.hyper_length = 2048  # [HyperLoRA]
-    config.data.input_length = 2048  # [HyperLoRA]; [Tk] has 1024
-    config.data.target_length = 512  # [HyperLoRA]; [Tk] has 128
-    config.data.shots = (2, 2)  # [Tk]'s Def+2Pos; --gin.data.shots=0,0 with eval.shots=0 is Def
-    config.data.max_instances_per_task = 100  # [Tk]
-    config.data.on_long_instruction = "truncate"  # a few definitions are longer than any input
-    config.data.tasks_per_batch = 96  # [HyperLoRA]
-    # As published. The hypermodel runs once per task, so 24 tasks of 4 examples cost less.
-    config.data.examples_per_task = 1
+    config_lib.use_mixture(config, args.mixture)
+    data = config.data
+    data.hyper_length, data.input_length, data.target_length = LENGTHS[args.mixture]
+    data.tasks_per_batch, config.train.steps = BATCHES.get(args.mixture, (96, 30_000))
+    # As published. The hypermodel runs once per task, so 24 tasks of 4 examples cost less, and
+    # data.pack fills its rows with examples of the task that it has read.
+    data.examples_per_task = 1
 
-    config.train.steps = 32_256  # [HyperLoRA]
     config.train.log_every = 100
     config.train.save_every = 1000
 

@@ -26,7 +26,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config = mtf.get_config(f"system=text_to_lora,size={args.size},mixture={args.mixture}")
     config.adapter.lora_rank = 8
     config.adapter.lora_alpha = 16 * 8**0.5  # published: 16, over the root of the rank
-    config.data.shots, config.eval.shots = (0, 0), 0
+    config.data.variant = "def"
     config.data.tasks_per_batch, config.data.examples_per_task = 8, 1
     config.train.steps = 20_000  # ours
     config.train.label_smoothing = 0.1

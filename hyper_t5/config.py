@@ -171,6 +171,32 @@ def use_preset(config: ConfigDict, size: str) -> None:
     config.model.update(dataclasses.asdict(t5.preset(size)))
 
 
+# What each benchmark's own rows and text need, by the papers that it is compared with.
+_MIXTURES: dict[str, dict[str, Any]] = {
+    "synthetic": {},
+    "sni": {  # Tk-Instruct's rows, definition and two positive examples
+        "variant": "def_pos_2",
+        "max_instances_per_task": 100,
+        "empty_targets": "keep",  # six official rows: nothing is the right answer
+        "on_long_instruction": "truncate",  # a few definitions are longer than any input
+    },
+    # k = 16 examples of the same prompt, as MetaICL and FiD-ICL; "def" needs data.p3_prompts.
+    "p3": {"variant": "pos_16"},
+    "metaicl": {
+        "variant": "pos_16",
+        "encoding": "metaicl",
+        "example_length": 256,
+        "on_long_examples": "cut_left",
+    },
+}
+
+
+def use_mixture(config: ConfigDict, name: str) -> None:
+    """Set ``config.data`` to a benchmark's own rows and text; lengths are each config's to set."""
+    choose("mixture", name, _MIXTURES)
+    config.data.update(_MIXTURES[name], mixture=name)
+
+
 def t5_config(config: ConfigDict) -> T5Config:
     """The sizes in ``config.model``."""
     from hyper_t5 import t5
