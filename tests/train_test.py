@@ -401,7 +401,7 @@ BAD_DATA: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "no output": (
         lambda d: edit(d / TASK, lambda c: c["Instances"][3].pop("output")),
-        f"{TASK}: Instances[3] lacks field output",
+        f"{TASK}, line 42: Instances[3] lacks field output",
     ),
     "truncated": (
         lambda d: os.truncate(d / TASK, 200),
