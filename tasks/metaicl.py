@@ -25,21 +25,16 @@ Rows stay on disk. Each line is checked once, when a Task is first read, and rea
 from __future__ import annotations
 
 import functools
-import os
 import re
-from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from hyper_t5.errors import UserError
 from hyper_t5.prompts import ENCODINGS, example_text
 from hyper_t5.taskfile import (
     Example,
-    LazyRows,
     OnBadRow,
     OnEmpty,
     Row,
@@ -49,7 +44,9 @@ from hyper_t5.taskfile import (
 )
 from hyper_t5.tasks.common import (
     FEATURES,
+    BadRow,
     RowsSource,
+    lazy_rows,
     parse_line,
     register_once,
     seqio,
@@ -285,20 +282,10 @@ def _category(config: Path) -> str:
     return category
 
 
-class BadRow(UserError):
-    """What is wrong with one row, and the field that it is counted under where it is skipped."""
-
-    def __init__(self, message: str, field: str) -> None:
-        super().__init__(message)
-        self.field = field
-
-
 def _parse(task: str, line: bytes, number: int, where: str) -> Row:
     """The row of a line; its id is `<task>-<number>`."""
     try:
         value = parse_line(line, where)
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits; deep nesting
-        raise BadRow(f"{where}: not valid JSON ({str(error)[:60]})", "JSON") from None
     except UserError as error:
         hint = "" if line.endswith(b"\n") else "; the file ends here, is it complete?"
         raise BadRow(f"{error}{hint}", "JSON") from None
@@ -315,117 +302,6 @@ def _parse(task: str, line: bytes, number: int, where: str) -> Row:
     if options and output not in options:
         raise BadRow(f"{where}: field options lacks the output {output[:60]!r}", "options")
     return Row(f"{task}-{number}", value["input"], (output,), tuple(options))
-
-
-# ------------------------------------------------------------------------- rows left on disk
-
-
-def lazy_rows(
-    files: Sequence[Path],
-    parse: Callable[[bytes, int, str], Row],
-    on_bad_row: OnBadRow = "raise",
-    on_empty: OnEmpty = "raise",
-) -> tuple[LazyRows, Counter[str]]:
-    """The rows of text files, one a line: all checked now, each read again when asked for.
-
-    What is kept of a row is 32 bytes. No file stays open, so there may be thousands.
-
-    Args:
-        files: read one after the other. Blank lines are passed over.
-        parse: line, its number (counted through all files, from 1) and its place -> row; raises
-            BadRow.
-        on_bad_row: 'skip' leaves bad rows out and counts them by field.
-        on_empty: what becomes of a row with an output of nothing but white space.
-
-    Returns:
-        The rows, and how many were left out, by field.
-
-    Raises:
-        UserError: a bad row or empty output that is to be raised; a file that cannot be read. From
-            a row, later: its file changed meanwhile.
-    """
-    kept = array("q")  # file, offset, size and line, of each row
-    stamps: list[tuple[int, int]] = []
-    firsts: list[int] = []  # how many lines there are before each file
-    skipped: Counter[str] = Counter()
-    count = 0
-    for which, file in enumerate(files):
-        stamps.append(_stamp(file))
-        firsts.append(count)
-        offset = 0
-        for line_number, line in enumerate(_lines(file), 1):
-            count += 1
-            offset += len(line)
-            if not line.strip():
-                continue
-            where = f"{file}, line {line_number}"
-            why = _why_not(parse, line, count, where, on_bad_row, on_empty)
-            if why:
-                skipped[why] += 1
-            else:
-                kept.extend((which, offset - len(line), len(line), line_number))
-    table = np.frombuffer(kept, np.int64).reshape(-1, 4) if kept else np.zeros((0, 4), np.int64)
-
-    def read(index: int) -> Row:
-        which, offset, size, line_number = table[index].tolist()
-        line = _read_at(files[which], offset, size, stamps[which])
-        return parse(line, firsts[which] + line_number, f"{files[which]}, line {line_number}")
-
-    return LazyRows(read, range(len(table))), skipped
-
-
-def _why_not(
-    parse: Callable[[bytes, int, str], Row],
-    line: bytes,
-    number: int,
-    where: str,
-    on_bad_row: OnBadRow,
-    on_empty: OnEmpty,
-) -> str:
-    """What a line is skipped for, '' where it is kept."""
-    try:
-        row = parse(line, number, where)
-    except BadRow as error:
-        if on_bad_row == "raise":
-            raise UserError(
-                f"{error}; mend the row, or leave such rows out with data.on_bad_row='skip'"
-            ) from None
-        return error.field
-    if on_empty == "keep" or all(text.strip() for text in row.outputs):
-        return ""
-    if on_empty == "raise":
-        raise UserError(
-            f"{where}: field output is empty; mend the row, or set data.empty_targets='keep' "
-            "(nothing is the right answer) or 'skip'"
-        )
-    return "empty output"
-
-
-def _lines(file: Path) -> Iterator[bytes]:
-    try:
-        with open(file, "rb") as lines:
-            yield from lines
-    except OSError as error:
-        raise UserError(f"{file}: cannot read ({error.strerror})") from None
-
-
-def _stamp(file: Path) -> tuple[int, int]:
-    """What tells whether a file is still the same: its size and when it was written."""
-    try:
-        found = file.stat()
-    except OSError as error:
-        raise UserError(f"{file}: cannot read ({error.strerror})") from None
-    return found.st_size, found.st_mtime_ns
-
-
-def _read_at(file: Path, offset: int, size: int, stamp: tuple[int, int]) -> bytes:
-    if _stamp(file) != stamp:
-        raise UserError(f"{file}: has changed since this run began; start the run again")
-    try:
-        with open(file, "rb", buffering=0) as raw:
-            return os.pread(raw.fileno(), size, offset)
-    except OSError as error:
-        raise UserError(f"{file}: cannot read ({error.strerror})") from None
 
 
 # ------------------------------------------------------------------------------ SeqIO Tasks
