@@ -74,6 +74,48 @@ def _evaluate(args: argparse.Namespace) -> None:
     evaluate.evaluate_workdir(args.workdir, overrides, out=args.out, compare=args.compare)
 
 
+def _data(args: argparse.Namespace) -> None:
+    from hyper_t5 import describe
+
+    if bool(args.mixture) == args.text:
+        raise UserError("data: give --mixture NAME, or --text for the text of data.text")
+    mixture = describe.find(args.mixture)[0] if args.mixture else ""
+    config = _data_config(args, mixture)
+    config.stage = "hyperpretrain" if args.text else "mtf"
+    describe.describe(config, args.mixture or "", args.out, args.episodes, args.steps)
+
+
+def _build(args: argparse.Namespace) -> None:
+    from hyper_t5 import build
+
+    config = _data_config(args, args.mixture or "")
+    build.build(
+        config.data,
+        args.out,
+        mixture=args.mixture or "",
+        text=args.text or "",
+        shards=args.shards,
+        overwrite=args.overwrite,
+    )
+
+
+def _data_config(args: argparse.Namespace, mixture: str) -> Any:
+    """The config that was given, or else configs/mtf.py's for the mixture, with its overrides."""
+    from hyper_t5 import config as config_lib
+    from hyper_t5.overrides import read_overrides
+
+    if args.config or mixture in config_lib.BENCHMARKS:
+        given = args.config or f"configs/mtf.py:mixture={mixture}"
+        config = config_lib.load(given, args.gin, args.gin_file)
+    else:
+        config = config_lib.defaults()
+        config_lib.apply(config, read_overrides(args.gin, args.gin_file))
+    if mixture:
+        config.data.mixture = mixture
+    config_lib.validate(config, needs_backbone=False)
+    return config
+
+
 def _adapt(args: argparse.Namespace) -> None:
     from hyper_t5 import serve
 
@@ -150,6 +192,15 @@ _GIN_FILE: Flag = (
         "metavar": "FILE",
         "help": "lines `path.to.field = value` that override the config; may be repeated. So does "
         "--gin.path.to.field=value, which comes after all files",
+    },
+)
+
+
+_DATA_CONFIG: Flag = (
+    "--config",
+    {
+        "metavar": "FILE.py[:arg,...]",
+        "help": "lengths and the rest (default: configs/mtf.py of the mixture)",
     },
 )
 
@@ -243,6 +294,55 @@ COMMANDS = {
                     "help": "another run's folder to put beside it; may be repeated",
                 },
             ),
+            _GIN_FILE,
+        ],
+    ),
+    "data": Command(
+        "Look at what a mixture holds: episodes, lengths, padding, rates, warnings, speed",
+        "hyper-t5 data --mixture sni_test --gin.data.sni_dir=natural-instructions "
+        "--gin.data.vocab=spiece.model --out data_report",
+        _data,
+        [
+            (
+                "--mixture",
+                {
+                    "metavar": "NAME",
+                    "help": "sni, p3, metaicl, ..., for what is trained on; or a SeqIO mixture "
+                    "such as sni_test, t0_eval_score_eval, metaicl_qa_to_qa_test_13",
+                },
+            ),
+            ("--text", {"action": "store_true", "help": "the text of data.text instead"}),
+            _DATA_CONFIG,
+            _path("--out", "folder for data.json and a plot (default: print only)", required=False),
+            _number("--episodes", 3, "how many to print"),
+            _number("--steps", 50, "how many batches to draw"),
+            _GIN_FILE,
+        ],
+    ),
+    "build": Command(
+        "Write a mixture or text as sharded TFRecords with a manifest, for a pod to read",
+        "hyper-t5 build --mixture sni --out gs://bucket/data "
+        "--gin.data.sni_dir=natural-instructions",
+        _build,
+        [
+            (
+                "--mixture",
+                {"metavar": "NAME", "help": "sni, p3, metaicl, ...; train with data.store=DIR"},
+            ),
+            (
+                "--text",
+                {
+                    "metavar": "FILES",
+                    "help": "text files, as data.text; train with data.text=tfds:NAME",
+                },
+            ),
+            ("--out", {"required": True, "metavar": "DIR", "help": "local or gs://"}),
+            (
+                "--shards",
+                {"type": _positive, "default": 0, "metavar": "N", "help": "of each split"},
+            ),
+            ("--overwrite", {"action": "store_true", "help": "replace what was built there"}),
+            _DATA_CONFIG,
             _GIN_FILE,
         ],
     ),

@@ -172,7 +172,7 @@ def use_preset(config: ConfigDict, size: str) -> None:
 
 
 # What each benchmark's own rows and text need, by the papers that it is compared with.
-_MIXTURES: dict[str, dict[str, Any]] = {
+BENCHMARKS: dict[str, dict[str, Any]] = {
     "synthetic": {},
     "sni": {  # Tk-Instruct's rows, definition and two positive examples
         "variant": "def_pos_2",
@@ -193,8 +193,8 @@ _MIXTURES: dict[str, dict[str, Any]] = {
 
 def use_mixture(config: ConfigDict, name: str) -> None:
     """Set ``config.data`` to a benchmark's own rows and text; lengths are each config's to set."""
-    choose("mixture", name, _MIXTURES)
-    config.data.update(_MIXTURES[name], mixture=name)
+    choose("mixture", name, BENCHMARKS)
+    config.data.update(BENCHMARKS[name], mixture=name)
 
 
 def t5_config(config: ConfigDict) -> T5Config:
@@ -395,8 +395,11 @@ _FRACTIONS = (
 )
 
 
-def validate(config: ConfigDict) -> None:
-    """Refuse, by a UserError of one line, values that no run could use or that contradict."""
+def validate(config: ConfigDict, needs_backbone: bool = True) -> None:
+    """Refuse, by a UserError of one line, values that no run could use or that contradict.
+
+    Not ``needs_backbone``: for looking at data alone.
+    """
     flat = flatten(config)
     for field, known in _CHOICES.items():
         if flat[field] == "float16":
@@ -415,16 +418,17 @@ def validate(config: ConfigDict) -> None:
     for field in _FRACTIONS:
         if not 0 <= flat[field] < 1:
             raise UserError(f"{field} must be at least 0 and below 1, not {flat[field]}")
-    _validate_system(config)
+    _validate_system(config, needs_backbone)
     _validate_batch(config)
 
 
-def _validate_system(config: ConfigDict) -> None:
+def _validate_system(config: ConfigDict, needs_backbone: bool) -> None:
     from hyper_t5 import adapters, hypermodels
 
     choose("system", config.system, hypermodels.SYSTEMS)
     system = hypermodels.SYSTEMS[config.system]
-    if not config.backbone.path and hypermodels.BACKBONE not in system.trains:
+    given = config.backbone.path or hypermodels.BACKBONE in system.trains
+    if needs_backbone and not given:
         raise UserError(
             f"backbone.path is empty: system {config.system} works on a trained "
             "backbone, which stays frozen; give its folder with --gin.backbone.path="

@@ -91,7 +91,7 @@ def mixture_vocab(data_config: Any) -> Vocabulary:
 
 
 def load_tasks(mixture: str, data_config: Any, split: str, vocab: Vocabulary) -> list[TaskRows]:
-    """All tasks of one split in memory, ordered by name, with their mixture rates.
+    """All tasks of one split, ordered by name, with their mixture rates.
 
     Args:
         mixture: a key of MIXTURES.
@@ -99,9 +99,14 @@ def load_tasks(mixture: str, data_config: Any, split: str, vocab: Vocabulary) ->
         split: 'train', 'test', or another that the mixture has.
         vocab: of the SeqIO Tasks' features; the returned rows are text.
 
+    They come from `data.store` where it is set, and else from SeqIO Tasks over the mixture's files.
+
     Raises:
         UserError: unknown mixture or split, or bad data; names file and field.
     """
+    if data_config.store:
+        store = importlib.import_module("hyper_t5.tasks.store")
+        return store.load_store_tasks(data_config, mixture, split)
     name = _module(mixture).register(data_config, split, vocab)
     import seqio
 
