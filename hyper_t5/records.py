@@ -34,6 +34,7 @@ from hyper_t5.taskfile import OnBadRow
 HEADER = struct.Struct("<QI")  # the length, and its crc
 FOOTER = struct.Struct("<I")  # the data's crc
 CHUNK = 1 << 22  # bytes read at once by a scan
+DAMAGED = "damaged record"  # what Index.skipped calls one
 OPEN_FILES = 64  # kept open by `read`; a pod's shards are many more
 CACHE_VERSION = 1
 
@@ -84,7 +85,7 @@ def scan(file: File, on_bad_row: OnBadRow = "raise") -> Index:
     offsets: list[int] = []
     lengths: list[int] = []
     try:
-        size, _ = _size_and_time(file)
+        size, _ = size_and_time(file)
         with epath.Path(file).open("rb") as raw:
             for offset, length, wrong in _walk(raw, size, digest):
                 if not wrong:
@@ -147,7 +148,7 @@ def _walk(raw: IO[bytes], size: int, digest: Any) -> Iterator[tuple[int, int, st
                 masked_crc(buffer[at : at + length]) == FOOTER.unpack_from(buffer, at + length)[0]
             )
             at += length + FOOTER.size
-            yield (begin + HEADER.size, length, "") if good else (begin, length, "damaged record")
+            yield (begin + HEADER.size, length, "") if good else (begin, length, DAMAGED)
         else:
             break  # shorter than it was: `scan` sees it
     if wrong:
@@ -156,7 +157,7 @@ def _walk(raw: IO[bytes], size: int, digest: Any) -> Iterator[tuple[int, int, st
             digest.update(more)
 
 
-def _size_and_time(file: File) -> tuple[int, int]:
+def size_and_time(file: File) -> tuple[int, int]:
     """Bytes, and when it was written: what tells a file from another under its name."""
     if _is_remote(file):
         found: Any = epath.Path(file).stat()
@@ -187,12 +188,12 @@ def index(file: File, cache_dir: File = "", on_bad_row: OnBadRow = "raise") -> I
         UserError: as `scan`.
     """
     try:
-        size, time = _size_and_time(file)
+        size, time = size_and_time(file)
     except OSError as error:
         raise UserError(f"{file}: cannot read ({error.strerror or error})") from None
     place = os.fspath(file) if _is_remote(file) else os.path.abspath(file)
     key = json.dumps([CACHE_VERSION, place, size, time, on_bad_row])
-    folder = _cache_root(cache_dir) / "records"
+    folder = cache_root(cache_dir) / "records"
     entry = folder / hashlib.sha256(key.encode()).hexdigest()[:32]
     found = _load(entry, key)
     if found is None:
@@ -204,7 +205,8 @@ def index(file: File, cache_dir: File = "", on_bad_row: OnBadRow = "raise") -> I
     return found
 
 
-def _cache_root(cache_dir: File) -> Path:
+def cache_root(cache_dir: File) -> Path:
+    """The folder that `data.cache_dir` means."""
     if os.fspath(cache_dir):
         return Path(cache_dir).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "hyper_t5"
