@@ -144,8 +144,10 @@ def _export(args: argparse.Namespace) -> None:
 
 def _bench(args: argparse.Namespace) -> None:
     from hyper_t5 import bench
+    from hyper_t5.overrides import read_overrides
 
-    bench.main(args.names, args.out, args.tiny, str(args.sni_dir or ""), args.vocab)
+    gin = [f"{o.field}={o.text}" for o in read_overrides(args.gin, args.gin_file)]
+    bench.main(args.names, args.out, args.tiny, gin)
 
 
 def _quickstart(args: argparse.Namespace) -> None:
@@ -408,17 +410,14 @@ COMMANDS = {
     ),
     "bench": Command(
         "Measure speed and memory, each as a ratio inside one run",
-        "hyper-t5 bench --out runs/bench",
+        "hyper-t5 bench data packing --gin.data.sni_dir=natural-instructions "
+        "--gin.data.vocab=spiece.model --out runs/bench",
         _bench,
         [
             ("names", {"nargs": "*", "metavar": "NAME", "help": "which benchmarks (default: all)"}),
             _path("--out", "folder for the tables (default: print only)", required=False),
             ("--tiny", {"action": "store_true", "help": "toy sizes: only to see that it runs"}),
-            _path("--sni-dir", "Super-NaturalInstructions, for the data benchmark", required=False),
-            (
-                "--vocab",
-                {"default": "bytes", "metavar": "FILE", "help": "its vocabulary, as data.vocab"},
-            ),
+            _GIN_FILE,
         ],
     ),
 }

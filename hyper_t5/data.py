@@ -70,8 +70,8 @@ class Sampler(Protocol):
     stats: Counter[str]
     names: tuple[str, ...]  # of the tasks that a batch's "tasks" [T] index; () for text
 
-    def batch(self, step: int) -> Batch:
-        """The global batch of a step."""
+    def batch(self, step: int, host: int = 0, hosts: int = 1) -> Batch:
+        """The global batch of a step, or the part of it that one of several hosts makes."""
         ...
 
 

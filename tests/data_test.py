@@ -232,13 +232,13 @@ def read_or_told(read: Callable[[], TaskRows]) -> tuple[TaskRows | None, str]:
 def test_whatever_a_task_file_holds_is_a_task_or_one_line(draw: st.DataObject) -> None:
     """Any value in any place of the object: read, or told; under 'skip' no row goes uncounted."""
     raw = sni_object("t", rows=4)
-    places = [(raw, key) for key in raw]
+    places: list[Any] = [(raw, key) for key in raw]
     for field in ("Instances", "Positive Examples"):
         places += [(raw[field], i) for i in range(len(raw[field]))]
         places += [(row, key) for row in raw[field] for key in row]
     for where, key in draw.draw(st.lists(st.sampled_from(places), max_size=3)):
         where[key] = draw.draw(JSON)
-    on_empty = draw.draw(st.sampled_from(["skip", "keep"]))
+    on_empty: Any = draw.draw(st.sampled_from(["skip", "keep"]))
     given_rows = raw["Instances"]
     task, message = read_or_told(
         lambda: parse_sni_task(raw, "t", on_bad_row="skip", on_empty=on_empty)
@@ -372,7 +372,7 @@ def test_batches_are_a_pure_function_of_seed_and_step() -> None:
 def test_hosts_make_parts_of_one_batch(layout: str, pack: bool) -> None:
     """The same global batch from 1, 2, 4 and 8 hosts, at any step, with samplers made anew."""
     tasks = [rows_of(f"task{i}", rows=5 + i) for i in range(11)]
-    fields = {"tasks_per_batch": 8, "pack": pack, "input_length": 40}
+    fields: Any = {"tasks_per_batch": 8, "pack": pack, "input_length": 40}
     for step in (0, 1, 7, 100_003):
         whole = sampler(tasks, layout=layout, **fields).batch(step)
         assert ("input_segments" in whole) == pack
@@ -398,7 +398,7 @@ def test_a_host_reads_the_rows_of_its_slots_only() -> None:
 
         return replace(task, rows=LazyRows(row, range(len(task.rows))))
 
-    fields = {"tasks_per_batch": 8, "examples_per_task": 2, "shots": (1, 1)}
+    fields: Any = {"tasks_per_batch": 8, "examples_per_task": 2, "shots": (1, 1)}
     made = sampler([lazy(task) for task in tasks], **fields)
     assert not read, "rows were read at the start"
     whole = sampler(tasks, **fields).batch(5)
@@ -427,7 +427,7 @@ def test_tasks_of_very_many_rows_draw_each_once() -> None:
     """Beyond PERMUTED places are drawn one by one: still without repetition, and repeatable."""
     rows = LazyRows(lambda i: Row(f"{i}", f"{i}", ("x",)), range(10**9))
     task = TaskRows("big", ("Say.",), (), rows)
-    fields = {"tasks_per_batch": 1, "examples_per_task": 50, "shots": (2, 2)}
+    fields: Any = {"tasks_per_batch": 1, "examples_per_task": 50, "shots": (2, 2)}
     first, again = (sampler([task], **fields).batch(3)["inputs"][0] for _ in range(2))
     np.testing.assert_array_equal(first, again)
     assert len({tuple(row) for row in first}) == 50

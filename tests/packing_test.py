@@ -156,9 +156,9 @@ def test_packed_and_unpacked_losses_and_gradients_agree(system: str) -> None:
 
 def test_exact_is_by_example() -> None:
     """Of three examples in a packed row the second has a wrong token."""
-    targets = np.array([[5, 1, 6, 1, 7, 1, 0]])
-    segments = np.array([[1, 1, 2, 2, 3, 3, 0]])
-    likeliest = np.array([[5, 1, 9, 1, 7, 1, 4]])
+    targets = jnp.array([[5, 1, 6, 1, 7, 1, 0]])
+    segments = jnp.array([[1, 1, 2, 2, 3, 3, 0]])
+    likeliest = jnp.array([[5, 1, 9, 1, 7, 1, 4]])
     logits = 20.0 * jax.nn.one_hot(likeliest, 10)
     sums = losses.token_loss(logits, targets, targets > 0, segments=segments)
     assert (int(sums["rows"]), int(sums["exact"]), int(sums["correct"])) == (3, 2, 5)

@@ -26,6 +26,8 @@ BENCHES = {
     "torch": ("against_torch", "torch"),
     "examples": ("training", "examples"),
     "data": ("pipeline", "data"),
+    "packing": ("pipeline", "packing"),
+    "hosts": ("pipeline", "hosts"),
 }
 
 
@@ -35,21 +37,19 @@ class Options:
 
     Attributes:
       tiny: toy sizes and two rounds, to see that it runs; the numbers mean nothing.
-      sni_dir: a folder of Super-NaturalInstructions for `data`; '' leaves its rows out.
-      vocab: the vocabulary for it, as in `data.vocab`.
+      gin: overrides of the configs of the data benchmarks, which take each mixture whose folder is
+        among them: ("data.sni_dir=...", "data.vocab=...").
     """
 
     tiny: bool = False
-    sni_dir: str = ""
-    vocab: str = "bytes"
+    gin: Sequence[str] = ()
 
 
 def main(
     names: Sequence[str],
     out: str | Path | None = None,
     tiny: bool = False,
-    sni_dir: str = "",
-    vocab: str = "bytes",
+    gin: Sequence[str] = (),
 ) -> None:
     """Run the benchmarks (none named: all), print a table each, write them to ``out``.
 
@@ -60,7 +60,7 @@ def main(
 
     for name in names:
         choose("benchmark", name, BENCHES)
-    options = Options(tiny, sni_dir, vocab)
+    options = Options(tiny, gin)
     results = []
     for name in names or BENCHES:
         print(f"{name} ...", flush=True)

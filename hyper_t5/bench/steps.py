@@ -66,9 +66,10 @@ def make_config(system: str, shapes: Shapes, **fields: Any) -> ConfigDict:
 
 
 class TrainingStep:
-    """A system's compiled training step and its state; each call takes one step on one batch.
+    """A system's compiled training step and its state; each call takes one step on ``batch``.
 
     Attributes:
+      batch: may be changed for another of its shapes.
       memory: bytes that the step needs at once: its arguments (parameters, optimizer state, batch),
         results that take no argument's place, and temporary arrays, as the compiler laid them out.
       trained: how many parameters it trains.
@@ -87,7 +88,7 @@ class TrainingStep:
         trained = jax.tree.map(jnp.array, trained)
         optimizer = optim.make_optimizer(config.optimizer, config.train.steps)
         self.trained = model.count(trained)
-        self._batch = jax.tree.map(jnp.asarray, batch)
+        self.batch = jax.tree.map(jnp.asarray, batch)
         self._key = jax.random.key(0)
         self._state = {
             "params": trained,
@@ -95,7 +96,7 @@ class TrainingStep:
             "step": jnp.zeros((), jnp.int32),
         }
         step = train.make_step(m, optimizer, config)
-        self._step = step.lower(self._state, self._frozen, self._batch, self._key).compile()
+        self._step = step.lower(self._state, self._frozen, self.batch, self._key).compile()
         used: Any = self._step.memory_analysis()
         self.memory = (
             used.argument_size_in_bytes
@@ -106,7 +107,7 @@ class TrainingStep:
 
     def __call__(self) -> float:
         """One step; the summed loss."""
-        self._state, sums = self._step(self._state, self._frozen, self._batch, self._key)
+        self._state, sums = self._step(self._state, self._frozen, self.batch, self._key)
         return float(jax.block_until_ready((self._state, sums))[1]["loss"])
 
 
