@@ -378,6 +378,16 @@ def test_sixteen_demonstrations(
             load(folder, "test_87", on_bad_row="skip")
 
 
+def test_a_bad_demonstration_is_counted(folder: Path) -> None:
+    file = write_rows(folder, "t", "16_87_train", 15)
+    with open(file, "a") as lines:
+        lines.write('{"task": "t", "output": "yes", "options": []}\n')
+    with pytest.raises(UserError, match=r"t_16_87_train\.jsonl, line 16: lacks field input"):
+        load(folder, "test_87")
+    task = load(folder, "test_87", on_bad_row="skip")["t"]
+    assert (len(task.examples), len(task.rows), task.skipped) == (15, 20, {"input": 1})
+
+
 def test_no_usable_row(folder: Path) -> None:
     (folder / "data" / "t" / "t_16_100_test.jsonl").write_bytes(b"x\n\n")
     with pytest.raises(UserError, match=r"t_16_100_test\.jsonl: holds no usable row"):
