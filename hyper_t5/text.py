@@ -3,7 +3,9 @@
 CACLM (context-augmented conditional language modelling, Phang et al., HyperTuning, ICML 2023): a
 chunk of text is cut in four contiguous segments A B C D; the hypermodel reads A and D, the backbone
 reads B and predicts C. HINT's split (Ivison et al., ACL 2023) is in three: the hypermodel reads the
-first part, the backbone the second, and it predicts the third. `data.text_split` chooses.
+first part, the backbone the second, and it predicts the third. Its code
+(allenai/hyper-task-descriptions) has one in six as well: A B C D E F, of which the hypermodel reads
+A, C and F, the backbone B and D, and it predicts E. `data.text_split` chooses.
 
 The text is tokenised once into a flat array on disk, so that any chunk is one slice away and batch
 s is a function of (seed, s).
@@ -14,6 +16,7 @@ from __future__ import annotations
 import functools
 import glob
 import hashlib
+import itertools
 import json
 import lzma
 import os
@@ -28,7 +31,9 @@ from typing import IO, Any, Protocol
 import numpy as np
 
 from hyper_t5.errors import UserError
-from hyper_t5.taskfile import LAYOUTS, OnBadRow
+from hyper_t5.hosts import slots_of
+from hyper_t5.prompts import LAYOUTS
+from hyper_t5.taskfile import OnBadRow
 from hyper_t5.vocab import EOS_ID, Vocabulary
 
 SUFFIXES = (".jsonl", ".jsonl.xz", ".txt")
@@ -102,15 +107,27 @@ def _open_lines(file: Path) -> IO[bytes]:
 
 
 def _document(raw: bytes, file: Path, line: int) -> str:
+    where = f"{file}, line {line}"
     try:
         value = json.loads(_utf8(raw, file, line))
     except json.JSONDecodeError as error:
-        raise UserError(f"{file}, line {line}: not valid JSON ({error.msg})") from None
+        raise UserError(f"{where}: not valid JSON ({error.msg})") from None
+    except ValueError:
+        raise UserError(f"{where}: not valid JSON (a number of too many digits)") from None
+    except RecursionError:
+        raise UserError(f"{where}: not valid JSON (nested too deeply)") from None
     if not isinstance(value, dict) or "text" not in value:
-        raise UserError(f"{file}, line {line}: lacks field text")
-    if not isinstance(value["text"], str):
-        raise UserError(f"{file}, line {line}: field text must be text")
-    return value["text"]
+        raise UserError(f"{where}: lacks field text")
+    text = value["text"]
+    if not isinstance(text, str):
+        raise UserError(f"{where}: field text must be text")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{where}: field text holds half a surrogate pair, which is no character"
+        ) from None
+    return text
 
 
 def _read(file: Path) -> bytes:
@@ -338,13 +355,14 @@ def splitter_of(data_config: Any) -> Callable[[np.ndarray, np.random.Generator],
     """What cuts a chunk as `data.text_split` says.
 
     Raises:
-        UserError: as `SegmentRule.of` or `three_way_lengths`.
+        UserError: as `SegmentRule.of` or `part_lengths`.
     """
     how = data_config.get("text_split", "caclm")
     if how == "caclm":
         return functools.partial(caclm_split, rule=SegmentRule.of(data_config))
-    assert how == "three_way", how
-    return functools.partial(three_way_split, most=three_way_lengths(data_config))
+    assert how in READERS, how
+    readers = READERS[how]
+    return functools.partial(split_parts, readers=readers, most=part_lengths(data_config, readers))
 
 
 def _ended(*parts: np.ndarray) -> np.ndarray:
@@ -421,40 +439,125 @@ def caclm_split(chunk: np.ndarray, rng: np.random.Generator, rule: SegmentRule) 
     return context, _ended(chunk[first:second]), _ended(chunk[second:third])
 
 
-def three_way_lengths(data_config: Any) -> tuple[int, int, int]:
-    """The most tokens of each of the three parts.
+# Who reads each part of a chunk, in order: 0 the hypermodel, 1 the backbone, 2 is the target.
+READERS = {"three_way": (0, 1, 2), "six_way": (0, 1, 0, 1, 2, 0)}
+LENGTH_FIELDS = ("data.hyper_length", "data.input_length", "data.target_length")
+
+
+def part_lengths(data_config: Any, readers: tuple[int, ...]) -> tuple[int, int, int]:
+    """The most tokens that each reader's parts have together; the EOS of each is taken off.
+
+    Args:
+        data_config: `config.data`.
+        readers: a value of READERS.
 
     Raises:
         UserError: a chunk of up to `data.chunk_length` cannot fit.
     """
     c = data_config
-    most = (c.hyper_length - 1, c.input_length - 1, c.target_length - 1)
-    if c.chunk_length < MIN_CHUNK or min(most) < 1 or c.chunk_length > sum(most):
-        raise UserError(
-            f"data.chunk_length={c.chunk_length} does not fit: its three parts hold {most[0]}, "
-            f"{most[1]} and {most[2]} tokens (data.hyper_length, data.input_length, "
-            f"data.target_length), and a chunk needs {MIN_CHUNK}"
+    names = ["".join("ABCDEF"[i] for i, who in enumerate(readers) if who == r) for r in range(3)]
+    lengths = (c.hyper_length, c.input_length, c.target_length)
+    most = tuple(length - len(parts) for length, parts in zip(lengths, names, strict=True))
+    none_empty = all(m >= len(parts) for m, parts in zip(most, names, strict=True))
+    if c.chunk_length < MIN_CHUNK or not none_empty or c.chunk_length > sum(most):
+        held = ", ".join(
+            f"{' '.join(parts)} {m} ({field})"
+            for parts, m, field in zip(names, most, LENGTH_FIELDS, strict=True)
         )
-    return most
+        raise UserError(
+            f"data.chunk_length={c.chunk_length} does not fit: of its {len(readers)} parts there "
+            f"is room for so many tokens: {held}; each part needs one, and a chunk {MIN_CHUNK}"
+        )
+    return most[0], most[1], most[2]
 
 
-def three_way_split(
-    chunk: np.ndarray, rng: np.random.Generator, most: tuple[int, int, int]
+def split_parts(
+    chunk: np.ndarray,
+    rng: np.random.Generator,
+    readers: tuple[int, ...],
+    most: tuple[int, int, int],
 ) -> Split:
-    """Cuts a chunk of at least 3 tokens at two different points, each pair of them as likely.
+    """Cuts a chunk at different points, each set of them as likely, and gives out the parts.
 
-    So none of the three parts is empty. Where one would have more tokens than `most`, which
-    together hold the chunk, the points are moved no further than is needed.
+    So no part is empty. Where a reader would have more tokens than `most`, which together hold the
+    chunk, the points are moved no further than is needed.
+
+    Args:
+        chunk: [n], with as many tokens as parts or more.
+        rng: for the points.
+        readers: who reads each part, as in READERS.
+        most: as `part_lengths`.
 
     Returns:
-        The parts, EOS after each.
+        Of each reader its parts in order, EOS after each.
     """
     n = len(chunk)
-    first, second = np.sort(rng.choice(n - 1, 2, replace=False)) + 1
-    # The first only as far as the other two parts need, then the second between its neighbours.
-    first = np.clip(first, max(1, n - most[1] - most[2]), min(most[0], n - 2))
-    second = np.clip(second, max(first + 1, n - most[2]), min(first + most[1], n - 1))
-    return _ended(chunk[:first]), _ended(chunk[first:second]), _ended(chunk[second:])
+    cuts = np.sort(rng.choice(n - 1, len(readers) - 1, replace=False)) + 1
+    lengths = np.diff(cuts, prepend=0, append=n).tolist()
+    parts = np.split(chunk, np.cumsum(_fit_lengths(lengths, readers, most))[:-1])
+    context, read, target = (
+        _ended(*(part for part, who in zip(parts, readers, strict=True) if who == reader))
+        for reader in range(3)
+    )
+    return context, read, target
+
+
+def _fit_lengths(
+    lengths: Sequence[int], readers: tuple[int, ...], most: tuple[int, int, int]
+) -> list[int]:
+    """Lengths of parts, none 0, with each reader's sum at most `most`; the cuts move the least.
+
+    Tokens flow from part to neighbouring part, each at a cost of 1 for every cut it crosses, out of
+    readers with too many and into readers with room; so the cost is how far the cuts move. Always
+    taking a cheapest path, on which earlier moves may be taken back, gives the least cost.
+    """
+    lengths = list(lengths)
+    moved = [0] * (len(lengths) - 1)  # tokens over each cut, to the right
+    room = list(most)
+    for length, who in zip(lengths, readers, strict=True):
+        room[who] -= length
+    while min(room) < 0:
+        path = _cheapest_path(lengths, moved, readers, room)
+        first, last = path[0], path[-1]
+        amount = min(-room[readers[first]], room[readers[last]], lengths[first] - 1)
+        for p, q in itertools.pairwise(path):
+            amount = min(amount, _edge(p, q, lengths, moved, readers)[1])
+        for p, q in itertools.pairwise(path):
+            if readers[p] == readers[q]:  # p keeps what came, q gives as much
+                lengths[p] += amount
+                lengths[q] -= amount
+            else:
+                moved[min(p, q)] += amount * (q - p)
+        for part, gain in ((first, -amount), (last, amount)):
+            lengths[part] += gain
+            room[readers[part]] -= gain
+    return lengths
+
+
+def _edge(
+    p: int, q: int, lengths: Sequence[int], moved: Sequence[int], readers: tuple[int, ...]
+) -> tuple[int, int]:
+    """(cost of a token, most tokens) of a step from part p to q; 0 tokens where there is none."""
+    if readers[p] == readers[q]:
+        return 0, lengths[q] - 1
+    if abs(p - q) > 1:
+        return 0, 0
+    back = -moved[min(p, q)] * (q - p)
+    return (-1, back) if back > 0 else (1, sum(lengths))
+
+
+def _cheapest_path(
+    lengths: Sequence[int], moved: Sequence[int], readers: tuple[int, ...], room: Sequence[int]
+) -> list[int]:
+    """Parts from one whose reader has too many to one whose reader has room (Bellman and Ford)."""
+    parts = range(len(lengths))
+    paths = {p: (0, [p]) for p in parts if room[readers[p]] < 0 and lengths[p] > 1}
+    for _ in parts:
+        for p, q in itertools.permutations(parts, 2):
+            cost, most = _edge(p, q, lengths, moved, readers)
+            if p in paths and most and (q not in paths or paths[p][0] + cost < paths[q][0]):
+                paths[q] = (paths[p][0] + cost, [*paths[p][1], q])
+    return min(path for p, path in paths.items() if room[readers[p]] > 0)[1]
 
 
 class TextSampler:
@@ -465,7 +568,7 @@ class TextSampler:
     hyper_inputs = EOS alone and inputs = the other layout's hyper_inputs and inputs one after the
     other, which is the order that episodes have too.
 
-    `stats` counts chunks and tokens.
+    `stats` counts chunks and tokens that were made here.
 
     Raises:
         UserError: as `splitter_of`.
@@ -483,26 +586,32 @@ class TextSampler:
         self._concat = layout == "concat"
         self._split = splitter_of(data_config)
 
-    def batch(self, step: int) -> dict[str, np.ndarray]:
+    def batch(self, step: int, host: int = 0, hosts: int = 1) -> dict[str, np.ndarray]:
         """Batch `step`: hyper_inputs [T, Lh], inputs [T, 1, Li], targets [T, 1, Lt], tasks [T].
 
         All int32; tasks are zeros, because text has none (`names` is empty).
         With layout "concat", hyper_inputs are [T, 1] and inputs [T, 1, Lh + Li].
+        Of several hosts one has its T / hosts slots (hosts.slots_of) and reads only their chunks.
+
+        Raises:
+            UserError: T is no multiple of `hosts`, or as the chunks.
         """
         c = self._config
-        count = c.tasks_per_batch
+        slots = slots_of(c.tasks_per_batch, host, hosts)
+        count = len(slots)
         hyper = np.zeros((count, 1 if self._concat else c.hyper_length), np.int32)
         wide = c.input_length + (c.hyper_length if self._concat else 0)
         inputs = np.zeros((count, 1, wide), np.int32)
         targets = np.zeros((count, 1, c.target_length), np.int32)
-        for slot, chunk in enumerate(self._chunks.chunks(step * count, count)):
-            rng = np.random.default_rng([self._seed, 2, step, slot])
+        chunks = self._chunks.chunks(step * c.tasks_per_batch + slots.start, count)
+        for row, chunk in enumerate(chunks):
+            rng = np.random.default_rng([self._seed, 2, step, slots[row]])
             context, read, target = self._split(chunk, rng)
             if self._concat:
                 context, read = np.array([EOS_ID]), np.concatenate([context, read])
-            hyper[slot, : len(context)] = context
-            inputs[slot, 0, : len(read)] = read
-            targets[slot, 0, : len(target)] = target
+            hyper[row, : len(context)] = context
+            inputs[row, 0, : len(read)] = read
+            targets[row, 0, : len(target)] = target
             self.stats["tokens"] += len(chunk)
         self.stats["chunks"] += count
         tasks = np.zeros(count, np.int32)
