@@ -15,9 +15,9 @@ of its own, which becomes the folder's:
                "data": {"sni_dir": "FOLDER", "max_instances_per_task": 100}}'
 
 Either way DIR/hyper_t5/NAME/1.0.0 is made. Tasks are read from there by `data.store` (see
-tasks/store.py, which also says what manifest.json holds), text by `data.text=tfds:hyper_t5/NAME`
-with TFDS_DATA_DIR=DIR. TFDS keeps up to 1 GB of rows in memory while it writes; what is more goes
-through files in DIR.
+tasks/store.py, which also says what manifest.json holds), text with TFDS_DATA_DIR=DIR by
+`data.text=tfds:hyper_t5/NAME:1.0.0`. TFDS keeps up to 1 GB of rows in memory while it writes; what
+is more goes through files in DIR.
 """
 
 from __future__ import annotations
@@ -409,7 +409,8 @@ def build(
         flush=True,
     )
     if text:
-        print(f"read it with TFDS_DATA_DIR={out} and data.text=tfds:{builder.info.full_name}")
+        name = f"{builder.name}/{builder.builder_config.name}:{builder.version}"
+        print(f"read it with TFDS_DATA_DIR={out} and data.text=tfds:{name}", flush=True)
     return folder
 
 

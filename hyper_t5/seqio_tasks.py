@@ -31,10 +31,10 @@ def register(data_config: Any, mixture: str, text: str) -> list[str]:
     """
     if not (mixture or text):
         raise UserError("give mixture=NAME or text=FILES")
+    splits = ("train", *data.held_out_splits(mixture)) if mixture else ()
     vocab = data.mixture_vocab(data_config)
     names = []
     if mixture:
-        splits = ("train", *data.held_out_splits(mixture))
         module = importlib.import_module(data.MIXTURES[mixture])
         names += [module.register(data_config, split, vocab) for split in splits]
     if text:
