@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from hyper_t5 import config as config_lib
 from hyper_t5 import data
 from hyper_t5.errors import UserError
 from hyper_t5.tasks import extractive_qa as qa
@@ -67,21 +68,17 @@ MRQA = [
 
 
 def make_config(folder: Path, **fields: Any) -> ConfigDict:
-    section = {
-        "qa_dir": str(folder),
-        "hyper_length": 256,
-        "input_length": 80,
-        "target_length": 16,
-        "tasks_per_batch": 2,
-        "examples_per_task": 3,
-        "shots": (0, 0),
-        "use_instruction": True,
-        "on_bad_row": "raise",
-        "on_missing_task": "raise",
-        "on_long_instruction": "raise",
-        "max_instances_per_task": 0,
-    }
-    config = ConfigDict({"data": section, "eval": {"max_rows_per_task": 4, "shots": 0}})
+    config = config_lib.defaults()
+    config.eval.update(max_rows_per_task=4, shots=0)
+    config.data.update(
+        qa_dir=str(folder),
+        hyper_length=256,
+        input_length=80,
+        target_length=16,
+        tasks_per_batch=2,
+        examples_per_task=3,
+        shots=(0, 0),
+    )
     config.data.update(fields)
     return config
 

@@ -32,6 +32,8 @@ class FidIcl(nn.Module):
     def __call__(self, ids: jax.Array, tasks: jax.Array, deterministic: bool = True) -> ad.Adapters:
         ends = (ids == EOS_ID).astype(jnp.int32)
         parts = jnp.cumsum(ends, -1) - ends  # T5's positions are relative: no need to move a part
-        states = T5(self.config, name="backbone").encode(ids, None, parts, deterministic)
+        states = T5(self.config, name="backbone").encode(
+            ids, segments=parts, deterministic=deterministic
+        )
         tree = {ad.MEMORY: {"states": states[None], "mask": (ids > 0)[None]}}
         return ad.Adapters(tree, ad.AdapterSpec(memory=ids.shape[1]))
