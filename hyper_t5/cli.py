@@ -75,11 +75,11 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _data(args: argparse.Namespace) -> None:
-    from hyper_t5 import describe
+    from hyper_t5 import data, describe
 
     if bool(args.mixture) == args.text:
         raise UserError("data: give --mixture NAME, or --text for the text of data.text")
-    mixture = describe.find(args.mixture)[0] if args.mixture else ""
+    mixture = data.find_mixture(args.mixture)[0] if args.mixture else ""
     config = _data_config(args, mixture)
     config.stage = "hyperpretrain" if args.text else "mtf"
     describe.describe(config, args.mixture or "", args.out, args.episodes, args.steps)

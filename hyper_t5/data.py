@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from hyper_t5.episodes import Batch, EpisodeSampler, EvalTask, eval_episodes, real_tokens
 from hyper_t5.errors import UserError
+from hyper_t5.overrides import choose
 from hyper_t5.packing import examples_of
 from hyper_t5.prompts import LAYOUTS
 from hyper_t5.taskfile import Row, TaskRows, text_key
@@ -37,6 +38,7 @@ __all__ = [
     "eval_episodes",
     "examples_of",
     "extra_metrics",
+    "find_mixture",
     "held_out_splits",
     "load_judged",
     "load_peft_tasks",
@@ -52,7 +54,8 @@ __all__ = [
 # data.mixture -> the module of SeqIO Tasks that knows it. Such a module has
 # `register(data_config, split, vocab) -> name of a seqio.Mixture`, every Task's source has
 # `task_rows() -> TaskRows`; HELD_OUT names the splits to evaluate on. A mixture with a vocabulary
-# of its own has its path as VOCAB_FILE, one with metrics of its own the function `extra_metrics`.
+# of its own has its path as VOCAB_FILE, one with metrics of its own the function `extra_metrics`,
+# one with SeqIO names of its own what `find_mixture` says.
 # A new dataset is one file in tasks/ and one line here.
 MIXTURES = {
     "synthetic": "hyper_t5.tasks.synthetic",
@@ -121,6 +124,29 @@ def load_tasks(mixture: str, data_config: Any, split: str, vocab: Vocabulary) ->
     for field, count in sorted(skipped.items()):
         print(f"{name}: {count} bad rows of {field} skipped (data.on_bad_row='skip')")
     return tasks
+
+
+def find_mixture(name: str) -> tuple[str, str, dict[str, Any]]:
+    """What a name stands for: a key of MIXTURES, a split, and fields of the config to set.
+
+    A key alone is its split 'train'; ``<key>_<split>`` is a split of it. A module of tasks may know
+    more names of SeqIO Mixtures: ``MIXTURE_NAMES`` (name -> split), or ``find(name)``, which gives
+    a split with the fields that the name implies, or None.
+
+    Raises:
+        UserError: unknown; names the nearest.
+    """
+    if name in MIXTURES:
+        return name, "train", {}
+    known: dict[str, tuple[str, str]] = {}
+    for key in MIXTURES:
+        module = _module(key)
+        splits = ("train", *getattr(module, "SPLITS", ()), *module.HELD_OUT)
+        known |= {f"{key}_{split}": (key, split) for split in splits}
+        known |= {n: (key, split) for n, split in getattr(module, "MIXTURE_NAMES", {}).items()}
+        if found := getattr(module, "find", lambda _: None)(name):
+            return key, found[0], dict(found[1])
+    return (*known[choose("mixture", name, [*MIXTURES, *known])], {})
 
 
 def held_out_splits(mixture: str) -> tuple[str, ...]:

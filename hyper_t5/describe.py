@@ -44,44 +44,6 @@ BINS = 40  # of a histogram
 Report = dict[str, Any]
 
 
-# ------------------------------------------------------------------------------ a mixture's name
-
-
-def find(name: str) -> tuple[str, str, dict[str, Any]]:
-    """What a name stands for: a key of data.MIXTURES, a split, and fields of the config to set.
-
-    A key alone is its split 'train'; ``<key>_<split>`` is a split of it. A module of tasks may know
-    more names: ``MIXTURE_NAMES`` (name -> split), or ``find(name) -> (split, fields) | None``.
-
-    Raises:
-        UserError: unknown; names the nearest.
-    """
-    if name in data.MIXTURES:
-        return name, "train", {}
-    known: dict[str, tuple[str, str]] = {}
-    for key in data.MIXTURES:
-        module = _module(key)
-        if module is None:
-            continue
-        splits = ("train", *getattr(module, "SPLITS", ()), *module.HELD_OUT)
-        known |= {f"{key}_{split}": (key, split) for split in splits}
-        known |= {n: (key, split) for n, split in getattr(module, "MIXTURE_NAMES", {}).items()}
-        found = module.find(name) if hasattr(module, "find") else None
-        if found:
-            return key, found[0], dict(found[1])
-    return (*known[choose("mixture", name, [*data.MIXTURES, *known])], {})
-
-
-def _module(key: str) -> Any:
-    """A mixture's module, or None where this installation lacks it."""
-    try:
-        return importlib.import_module(data.MIXTURES[key])
-    except ModuleNotFoundError as error:
-        if error.name != data.MIXTURES[key]:
-            raise
-        return None
-
-
 # -------------------------------------------------------------------------------------- one task
 
 
@@ -506,7 +468,7 @@ def describe(
 
     Args:
         config: a whole config.
-        name: what `find` knows; '' is the text of `data.text`.
+        name: what `data.find_mixture` knows; '' is the text of `data.text`.
         out: a folder for data.json and lengths.png.
         episodes: how many to decode.
         steps: batches to draw.
@@ -518,7 +480,7 @@ def describe(
     if out is not None:
         files.check_writable(out / "data.json")
     if name:
-        mixture, split, fields = find(name)
+        mixture, split, fields = data.find_mixture(name)
         config.update_from_flattened_dict({"data.mixture": mixture, **fields})
         report = look_at_mixture(config, split, episodes, steps, start)
     else:

@@ -39,6 +39,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[Any, ...], d
         "serve.predict",
         "serve.export",
         "bench.main",
+        "describe.describe",
+        "build.build",
         "quickstart.main",
     ]:
         module, function = name.split(".")
@@ -75,6 +77,8 @@ def test_help_imports_nothing_heavy_and_ends_in_an_example() -> None:
         "quickstart",
         "train",
         "evaluate",
+        "data",
+        "build",
         "adapt",
         "predict",
         "export",

@@ -69,20 +69,20 @@ def task(name: str, found: Sequence[Row], rate: float = 1.0) -> TaskRows:
 
 
 def test_names_of_mixtures(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert describe.find("sni") == ("sni", "train", {})
-    assert describe.find("sni_test") == ("sni", "test", {})
-    assert describe.find("synthetic_unseen_wordings") == ("synthetic", "unseen_wordings", {})
-    assert describe.find("extractive_qa_validation") == ("extractive_qa", "validation", {})
+    assert data.find_mixture("sni") == ("sni", "train", {})
+    assert data.find_mixture("sni_test") == ("sni", "test", {})
+    assert data.find_mixture("synthetic_unseen_wordings") == ("synthetic", "unseen_wordings", {})
+    assert data.find_mixture("extractive_qa_validation") == ("extractive_qa", "validation", {})
     module: Any = ModuleType("made_up_tasks")
     module.HELD_OUT, module.MIXTURE_NAMES = ("test",), {"t0_like": "train", "t0_like_eval": "test"}
     fields = {"data.metaicl_setting": "x"}
     module.find = lambda name: ("test", fields) if name == "made_x" else None
     monkeypatch.setitem(sys.modules, "made_up_tasks", module)
     monkeypatch.setitem(data.MIXTURES, "made", "made_up_tasks")
-    assert describe.find("t0_like_eval") == ("made", "test", {})
-    assert describe.find("made_x") == ("made", "test", fields)
+    assert data.find_mixture("t0_like_eval") == ("made", "test", {})
+    assert data.find_mixture("made_x") == ("made", "test", fields)
     with pytest.raises(UserError, match=r"unknown mixture 'sni_tset', the nearest is 'sni_test'"):
-        describe.find("sni_tset")
+        data.find_mixture("sni_tset")
 
 
 # ----------------------------------------------------------------------------------- the report
@@ -317,7 +317,7 @@ def test_lengths_are_weighted_as_tasks_are_drawn() -> None:
     ],
 )
 def test_what_is_cut_is_what_the_sampler_cuts(fields: dict[str, Any], expected: list[bool]) -> None:
-    found = [Row("0", "x" * 8, ("y" * 4,)), Row("1", "x" * 9, ("y",)), Row("2", "z" * 19, ("y",))]
+    found = [Row("0", "x" * 7, ("y" * 4,)), Row("1", "x" * 9, ("y",)), Row("2", "z" * 19, ("y",))]
     config = make_config(input_length=16, shots=(0, 0), examples_per_task=1, **fields)
     _, texts = describe.look_at_task(task("t", found), 1.0, BYTES, config.data)
     assert texts["inputs"].cut.tolist() == expected
