@@ -43,7 +43,7 @@ from hyper_t5.errors import UserError
 from hyper_t5.overrides import Override
 from hyper_t5.taskfile import TaskRows
 from hyper_t5.tasks import store
-from hyper_t5.tasks.common import tfds, tfds_build
+from hyper_t5.tasks.common import tf, tfds, tfds_build
 from hyper_t5.text import read_documents, text_files
 from hyper_t5.vocab import ByteVocabulary
 
@@ -398,8 +398,9 @@ def build(
         builder = HyperT5(data_dir=os.fspath(epath.Path(out).expanduser()), config=config)
         builder.section = data_config
         builder.download_and_prepare(download_config=download)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error.strerror or error})") from None
+    except (OSError, tf.errors.OpError) as error:
+        reason = getattr(error, "strerror", None) or getattr(error, "message", None) or error
+        raise UserError(f"--out {out}: cannot be written ({reason})") from None
     folder = epath.Path(builder.data_dir)
     manifest = store.read_manifest(folder)
     count = sum(len(split["shards"]) for split in manifest["splits"].values())
