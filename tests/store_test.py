@@ -237,6 +237,7 @@ def test_damaged_shards_are_named(sni_dir: Path) -> None:
             store.open_store(made, cache)
         assert "\n" not in str(error.value)
     # Another row, well written: only the digest tells.
+    file.write_bytes(good)
     [first, *_] = zip(*store.records.scan(file)[:2], strict=True)
     begin, end = int(first[0]), int(sum(first))
     other = good[begin:end].replace(b"task", b"tusk")
