@@ -12,7 +12,7 @@ import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -102,6 +102,17 @@ class _Drawn:
     asked: Iterator[tuple[Row, str]]  # rows with the target that was drawn of each
     examples: list[np.ndarray]  # ids of the shown, once encoded
     conditioning: Conditioning | None = None
+
+
+class _Asked(NamedTuple):
+    """An example that is asked for: its ids, what was cut, and what is shown in it (concat)."""
+
+    ids: np.ndarray
+    target: np.ndarray
+    cut: bool
+    cut_target: bool
+    shown: int
+    dropped: int
 
 
 # -------------------------------------------------------------------------------- the sampler
@@ -300,63 +311,61 @@ class EpisodeSampler:
         """One example a row; a task with fewer rows than G is asked some again."""
         count = self._config.examples_per_task
         asked = [list(itertools.islice(episode.asked, count)) for episode in drawn]
-        encoded = iter(
-            self._rows([(d, r) for d, rows in zip(drawn, asked, strict=True) for r in rows])
-        )
+        encoded = iter(self._rows(zip(drawn, asked, strict=True)))
         for slot, rows in enumerate(asked):
             made = [next(encoded) for _ in rows]
             for g in range(count):
-                ids, target = made[g % len(made)]
-                batch["inputs"][slot, g, : len(ids)] = ids
-                batch["targets"][slot, g, : len(target)] = target
-        self.stats["examples"] += len(drawn) * count
+                example = made[g % len(made)]
+                batch["inputs"][slot, g, : len(example.ids)] = example.ids
+                batch["targets"][slot, g, : len(example.target)] = example.target
+                self._count(example)
 
     def _ask_packed(self, batch: Batch, drawn: list[_Drawn]) -> None:
         """As many examples a row as fit."""
         c = self._config
         bins = [packing.Bins(c.examples_per_task, self.width, c.target_length) for _ in drawn]
-        open_slots = list(range(len(drawn)))
-        while open_slots:
-            asked = {
-                s: list(itertools.islice(drawn[s].asked, ROUND * c.examples_per_task))
-                for s in open_slots
-            }
-            encoded = iter(self._rows([(drawn[s], row) for s in open_slots for row in asked[s]]))
-            still = []
-            for slot in open_slots:
-                made = [next(encoded) for _ in asked[slot]]
-                added = bins[slot].extend(made)
-                self.stats["examples"] += added
+        filling = dict(enumerate(drawn))
+        while filling:
+            asked = [
+                list(itertools.islice(episode.asked, ROUND * c.examples_per_task))
+                for episode in filling.values()
+            ]
+            encoded = iter(self._rows(zip(filling.values(), asked, strict=True)))
+            still = {}
+            for (slot, episode), rows in zip(filling.items(), asked, strict=True):
+                made = [next(encoded) for _ in rows]
+                added = bins[slot].extend([(example.ids, example.target) for example in made])
+                for example in made[:added]:
+                    self._count(example)
                 if made and added == len(made):
-                    still.append(slot)
-            open_slots = still
-        for slot, rows in enumerate(bins):
-            rows.fill(batch, slot)
+                    still[slot] = episode
+            filling = still
+        for slot, bin_ in enumerate(bins):
+            bin_.fill(batch, slot)
 
-    def _rows(
-        self, asked: list[tuple[_Drawn, tuple[Row, str]]]
-    ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(input ids, target ids) of each row, cut to the lengths and ending in EOS."""
+    def _rows(self, asked: Iterable[tuple[_Drawn, list[tuple[Row, str]]]]) -> list[_Asked]:
+        """The rows of some episodes, cut to the lengths, EOS at their ends."""
         c = self._config
-        inputs = self._encode(self._encoding.asked(row.input) for _, (row, _) in asked)
-        targets = self._encode(target for _, (_, target) in asked)
+        flat = [(episode, row, target) for episode, rows in asked for row, target in rows]
+        inputs = self._encode(self._encoding.asked(row.input) for _, row, _ in flat)
+        targets = self._encode(target for _, _, target in flat)
         made = []
-        for (episode, _), ids, target in zip(asked, inputs, targets, strict=True):
-            end, cut = _cut(target, c.target_length)
-            self.stats["truncated_targets"] += cut
-            ids, cut = self._with_text(episode, *cut_input(ids, len(target), c), len(target))
-            self.stats["truncated_inputs"] += cut
-            made.append((ids, end))
+        for (episode, _, _), ids, target in zip(flat, inputs, targets, strict=True):
+            end, cut_target = _cut(target, c.target_length)
+            ids, cut = cut_input(ids, len(target), c)
+            shown = dropped = 0
+            if self._concat:
+                row = self._with_text(episode, ids, len(target))
+                ids, cut = row.ids, cut or row.truncated
+                if c.concat_length:
+                    shown, dropped = len(episode.shown) - row.dropped, row.dropped
+            made.append(_Asked(ids, end, cut, cut_target, shown, dropped))
         return made
 
-    def _with_text(
-        self, episode: _Drawn, ids: np.ndarray, cut: bool, target: int
-    ) -> tuple[np.ndarray, bool]:
+    def _with_text(self, episode: _Drawn, ids: np.ndarray, target: int) -> Conditioning:
         """With layout "concat", the conditioning in front of an input's ids."""
-        if not self._concat:
-            return ids, cut
         assert episode.conditioning is not None
-        made = concat_row(
+        return concat_row(
             self._config,
             self._label,
             episode.instruction,
@@ -365,10 +374,14 @@ class EpisodeSampler:
             ids,
             target,
         )
-        if self._config.concat_length:
-            self.stats["shown_examples"] += len(episode.shown) - made.dropped
-            self.stats["dropped_examples"] += made.dropped
-        return made.ids, cut or made.truncated
+
+    def _count(self, example: _Asked) -> None:
+        stats = self.stats
+        stats["examples"] += 1
+        stats["truncated_inputs"] += example.cut
+        stats["truncated_targets"] += example.cut_target
+        stats["shown_examples"] += example.shown
+        stats["dropped_examples"] += example.dropped
 
     # ------------------------------------------------------------------------------ at the start
 

@@ -181,6 +181,21 @@ def test_rows_are_filled_and_nothing_shown_is_asked() -> None:
     assert sampler.stats["examples"] > 2.5 * sampler.stats["rows"]
 
 
+@pytest.mark.parametrize("layout", data.LAYOUTS)
+def test_what_is_counted_is_in_the_batch(layout: str) -> None:
+    """Rows that are encoded and find no room count nothing."""
+    fields: dict[str, Any] = {"data__pack": True, "data__target_length": 2, "data__input_length": 5}
+    config = runs.make_config(backbone__path="x", **fields).data
+    if layout == "concat":
+        config.concat_length = 30
+    sampler = data.EpisodeSampler(tasks(), runs.vocabulary(), config, 0, layout)
+    found = sum(packing.examples_of(sampler.batch(step)) for step in range(10))
+    stats = sampler.stats
+    assert stats["examples"] == found
+    assert 0 < stats["truncated_targets"] < found
+    assert stats["shown_examples"] <= 2 * found
+
+
 def test_what_cannot_be_packed_is_refused() -> None:
     for fields, message in (
         ({"system": "hyperdecoder"}, "has adapters for each example"),
