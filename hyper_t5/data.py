@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
-from hyper_t5.episodes import Batch, EpisodeSampler, EvalTask, eval_episodes, real_tokens
+from hyper_t5.episodes import Batch, EpisodeSampler, real_tokens
 from hyper_t5.errors import UserError
+from hyper_t5.judged import EvalTask, eval_episodes
 from hyper_t5.overrides import choose
 from hyper_t5.packing import examples_of
 from hyper_t5.prompts import LAYOUTS

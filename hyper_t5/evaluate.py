@@ -18,8 +18,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from hyper_t5 import cost, data, files, model, plots
-from hyper_t5.episodes import EvalTask
 from hyper_t5.errors import UserError
+from hyper_t5.judged import EvalTask
 from hyper_t5.scores import METRICS, Scores, mean_scores, rouge_scorer, score
 
 MEGA = 1e6

@@ -19,7 +19,7 @@ Text is that of `inputs_pretokenized` and `targets_pretokenized`, which our own 
 What the hypermodel reads: the prompt with its fields masked, from the file `data.p3_prompts` (see
 `read_prompts`), as in HINT (Ivison et al. 2023), or examples of the same template alone, as in
 HyperTuning (Phang et al. 2023). No task brings examples to show: they are drawn from its rows. Of
-held-out tasks too, for the folder has no training rows of those: see `episodes.eval_episodes`.
+held-out tasks too, for the folder has no training rows of those: see `judged.eval_episodes`.
 """
 
 from __future__ import annotations

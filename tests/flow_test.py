@@ -38,6 +38,7 @@ LAYERS = [
     ["adapters", "taskfile"],
     ["prompts", "packing", "records"],
     ["t5", "text", "episodes"],
+    ["judged"],
     ["hypermodels", "decoding", "names", "tasks"],
     ["weights", "export", "config"],
     ["workdir", "configs", "data"],
