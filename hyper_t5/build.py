@@ -34,7 +34,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from etils import epath  # type: ignore[import-untyped]
+from etils import epath
 from ml_collections import ConfigDict
 
 from hyper_t5 import config as config_lib

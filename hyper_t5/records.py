@@ -26,7 +26,7 @@ from typing import IO, Any, NamedTuple
 
 import google_crc32c
 import numpy as np
-from etils import epath  # type: ignore[import-untyped]
+from etils import epath
 
 from hyper_t5.errors import UserError
 from hyper_t5.taskfile import OnBadRow

@@ -34,7 +34,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from etils import epath  # type: ignore[import-untyped]
+from etils import epath
 
 from hyper_t5 import files, records
 from hyper_t5.errors import UserError

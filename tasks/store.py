@@ -34,7 +34,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
-from etils import epath  # type: ignore[import-untyped]
+from etils import epath
 
 from hyper_t5 import records
 from hyper_t5.errors import UserError
