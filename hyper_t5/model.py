@@ -84,8 +84,10 @@ class Model:
             rows["inputs"] = ids[:, :0]
         return t5.T5(self.sizes).apply(
             {"params": params[BACKBONE]},
-            adapters=self.adapters(params, ids, tasks, keys[0]),
-            **rows,
+            rows.pop("inputs"),
+            rows.pop("targets"),
+            self.adapters(params, ids, tasks, keys[0]),
+            **rows,  # segments and positions of packed ones
             deterministic=rng is None,
             rngs=None if rng is None else {"dropout": keys[1]},
         )

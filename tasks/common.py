@@ -336,7 +336,8 @@ def register_rows(
     return register_mixture(mixture, split, named, signature, vocab, max_instances)
 
 
-def _size(task: seqio.Task) -> float:
+def row_count(task: seqio.Task) -> float:
+    """How many rows a Task has, as its weight in a Mixture."""
     return float(len(task.source.task_rows().rows))
 
 
@@ -347,14 +348,14 @@ def register_mixture(
     signature: Any,
     vocab: Vocabulary,
     max_instances: int = 0,
-    rate: Callable[[seqio.Task], float] = _size,
+    rate: Callable[[seqio.Task], float] = row_count,
 ) -> str:
     """As `register_rows`, with names that are SeqIO's as they are: of the Mixture, and of each Task
     (the keys of `readers`). `rate` gives a Task's weight; what it goes by is of the signature.
     """
     signature = (signature, split, max_instances, vocab.identity())
     for name, read in readers.items():
-        make = functools.partial(_task, name, RowsSource(read, split, max_instances), vocab)
+        make = functools.partial(rows_task, name, RowsSource(read, split, max_instances), vocab)
         register_once(seqio.TaskRegistry, name, signature, make)
     mix = functools.partial(seqio.Mixture, mixture, list(readers), default_rate=rate)
     register_once(seqio.MixtureRegistry, mixture, (signature, list(readers)), mix)
@@ -420,7 +421,8 @@ class RowsSource(seqio.FunctionDataSource):
             }
 
 
-def _task(name: str, source: RowsSource, vocab: Vocabulary) -> seqio.Task:
+def rows_task(name: str, source: RowsSource, vocab: Vocabulary) -> seqio.Task:
+    """The Task over a source: text -> ids, cached there where asked for, cut, EOS."""
     return seqio.Task(
         name,
         source=source,

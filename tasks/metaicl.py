@@ -43,15 +43,15 @@ from hyper_t5.taskfile import (
     text_key,
 )
 from hyper_t5.tasks.common import (
-    FEATURES,
     BadRow,
     RowsSource,
     lazy_rows,
     parse_line,
     register_once,
+    row_count,
+    rows_task,
     seqio,
     seqio_name,
-    text_features,
 )
 from hyper_t5.vocab import Vocabulary
 
@@ -87,10 +87,10 @@ def register(data_config: Any, split: str, vocab: Vocabulary) -> str:
         signatures[name] = (files, *how, vocab.identity())
         read = functools.partial(read_task, task, files, c.on_bad_row, c.empty_targets)
         source = _Source(read, split, c.max_instances_per_task, c.encoding)
-        make = functools.partial(_task, name, source, vocab)
+        make = functools.partial(rows_task, name, source, vocab)
         register_once(seqio.TaskRegistry, name, signatures[name], make)
     mixture = seqio_name("metaicl", f"{setting}_{split}")
-    mix = functools.partial(seqio.Mixture, mixture, list(signatures), default_rate=_row_count)
+    mix = functools.partial(seqio.Mixture, mixture, list(signatures), default_rate=row_count)
     register_once(seqio.MixtureRegistry, mixture, signatures, mix)
     return mixture
 
@@ -326,21 +326,3 @@ class _Source(RowsSource):
             others = (example for example in examples if text_key(example[0]) != key)
             shown = "".join(example_text(e, i, self._encoding) for i, e in enumerate(others))
             yield {**row, "hyper_inputs": shown, "inputs": asked(row["inputs"])}
-
-
-def _row_count(task: seqio.Task) -> float:
-    return float(len(task.source.task_rows().rows))
-
-
-def _task(name: str, source: RowsSource, vocab: Vocabulary) -> seqio.Task:
-    return seqio.Task(
-        name,
-        source=source,
-        preprocessors=[
-            seqio.preprocessors.tokenize,
-            seqio.CacheDatasetPlaceholder(),
-            seqio.preprocessors.append_eos_after_trim,
-        ],
-        output_features=text_features(vocab, FEATURES),
-        metric_fns=[],
-    )

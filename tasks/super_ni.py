@@ -36,6 +36,7 @@ from hyper_t5.tasks.common import (
     FEATURES,
     choose_rows,
     register_once,
+    row_count,
     seqio,
     seqio_name,
     text_features,
@@ -145,9 +146,7 @@ def register_sni_tasks(
         source = SniSource(name, file, split, c)
         make = functools.partial(_task, task_name, source, vocab)
         register_once(seqio.TaskRegistry, task_name, signature, make)
-    rate: Any = 1.0
-    if c.max_instances_per_task:
-        rate = lambda task: float(len(task.source.task_rows().rows))  # noqa: E731
+    rate: Any = row_count if c.max_instances_per_task else 1.0
     mixture = seqio_name(prefix, split)
     mix = functools.partial(seqio.Mixture, mixture, names, default_rate=rate)
     register_once(seqio.MixtureRegistry, mixture, (names, signatures), mix)
