@@ -45,17 +45,14 @@ def test_an_unknown_benchmark_is_one_line(capsys: pytest.CaptureFixture[str]) ->
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(n, marks=[pytest.mark.slow] if n not in ("data", "packing") else [])
-        for n in bench.BENCHES
-    ],
+    [pytest.param(n, marks=[pytest.mark.slow] if n != "data" else []) for n in bench.BENCHES],
 )
 def test_each_runs_and_writes_its_table(name: str, tmp_path: Path) -> None:
     if name == "torch":
         pytest.importorskip("peft")
     sni = runs.save_sni(tmp_path / "official")
     gin = [f"--gin.data.sni_dir={sni}", "--gin.data.vocab=bytes"]
-    given = gin if name in ("data", "packing", "hosts") else []
+    given = gin if name in ("data", "packing", "scaling") else []
     assert cli.main(["bench", name, "--tiny", "--out", str(tmp_path), *given]) == 0
     (result,) = json.loads((tmp_path / "bench.json").read_text())["results"]
     assert not result["skipped"]

@@ -41,8 +41,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @functools.cache
-def trained(root: Path, system: str) -> Path:
-    """The workdir of four steps of a system, where it trains anything."""
+def trained(root: Path, name: str) -> Path:
+    """The workdir of four steps of a system, where it trains anything.
+
+    `name` is the system's, or that and an encoding: "concat:tk_instruct".
+    """
+    system, _, encoding = name.partition(":")
     fields: dict[str, Any] = {
         "system": system,
         "backbone__path": str(root / "backbone"),
@@ -55,7 +59,10 @@ def trained(root: Path, system: str) -> Path:
         fields |= {"stage": "peft", "adapter__task_slots": 2}
     if system == "hint":
         fields |= {"adapter__prefix_sites": ad.ATTENTION_SITES, "adapter__position_bias": "zero"}
-    config, folder = runs.make_config(**fields), root / system
+    if encoding:
+        fields |= {"data__encoding": encoding, "data__variant": "def_pos_1"}
+        fields |= {"data__hyper_length": 200, "data__input_length": 80}
+    config, folder = runs.make_config(**fields), root / name
     if SYSTEMS[system].trains:
         runs.run(config, folder)
     else:
@@ -70,7 +77,8 @@ def judged(root: Path, system: str) -> dict[str, Any]:
 
 def backbone_of(root: Path, system: str) -> Path:
     """The folder that predict takes: of the run, where that trained a backbone."""
-    return trained(root, system) if BACKBONE in SYSTEMS[system].trains else root / "backbone"
+    trains = SYSTEMS[system.partition(":")[0]].trains
+    return trained(root, system) if BACKBONE in trains else root / "backbone"
 
 
 @functools.cache
@@ -103,7 +111,15 @@ def _differences(one: Any, other: Any) -> list[np.ndarray]:
     return jax.tree.leaves(jax.tree.map(lambda x, y: np.asarray(x) != np.asarray(y), one, other))
 
 
-@every_system
+@pytest.mark.parametrize(
+    "system",
+    [
+        *SYSTEMS,
+        "concat:tk_instruct",
+        pytest.param("hyper_lora:tk_instruct", marks=pytest.mark.slow),
+        pytest.param("hyper_prefix:metaicl", marks=pytest.mark.slow),
+    ],
+)
 def test_predict_answers_as_evaluate_does(root: Path, system: str, tmp_path: Path) -> None:
     judged(root, system)
     (step,) = (trained(root, system) / "eval").iterdir()

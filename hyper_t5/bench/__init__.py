@@ -27,7 +27,7 @@ BENCHES = {
     "examples": ("training", "examples"),
     "data": ("pipeline", "data"),
     "packing": ("pipeline", "packing"),
-    "hosts": ("pipeline", "hosts"),
+    "scaling": ("pipeline", "scaling"),
 }
 
 

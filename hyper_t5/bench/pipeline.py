@@ -1,10 +1,12 @@
-"""Benchmarks of the data: against what a training step needs, packed against padded, by hosts."""
+"""Benchmarks of the data: against a step's needs, packed against padded, by tasks and hosts."""
 
 from __future__ import annotations
 
 import functools
+import resource
+import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from time import perf_counter
 from typing import Any
 
@@ -50,7 +52,7 @@ def packing(options: Options) -> measure.Result:
     batch.
     """
     result = _result("packing", "rows packed by task against one example a row")
-    count = 2 if options.tiny else 4
+    count, rounds = (2, 2) if options.tiny else (3, 3)
     for what, config in _mixtures(options, embedded=options.tiny):
         steps, tokens = {}, {}
         for arm in (PADDED, PACKED):
@@ -71,7 +73,7 @@ def packing(options: Options) -> measure.Result:
             steps[arm] = _Steps(
                 TrainingStep(config, sizes, random_backbone(sizes), batches[0]), batches
             )
-        seconds = measure.in_turns(steps, 2 if options.tiny else 5)
+        seconds = measure.in_turns(steps, rounds)
         result.rows.append(measure.rate_row(what, "real tokens/s", seconds, tokens, PACKED, PADDED))
         c = config.data
         result.notes.append(
@@ -82,21 +84,49 @@ def packing(options: Options) -> measure.Result:
     return result
 
 
-def hosts(options: Options) -> measure.Result:
-    """Seconds that a host takes for its part of a batch, by the number of hosts."""
-    result = _result("hosts", "a host's part of a global batch")
+def scaling(options: Options) -> measure.Result:
+    """How opening a mixture and making a batch grow with tasks, and a host's part with hosts."""
+    result = _result("scaling", "more tasks, more hosts")
+    rounds = 2 if options.tiny else 5
     for what, config in _mixtures(options):
-        config.data.tasks_per_batch = 64
-        sampler, _ = _start(config)
-        count = 2 if options.tiny else 8
-        arms = {
-            f"{number} hosts": functools.partial(_Drawn(sampler, number).batches, count)
+        config.data.tasks_per_batch = 8 if options.tiny else 64
+        vocab = data_lib.mixture_vocab(config.data)
+        started = perf_counter()
+        tasks = data_lib.load_tasks(config.data.mixture, config.data, "train", vocab)
+        opened = perf_counter() - started
+        samplers: dict[str, Callable[[], data_lib.Sampler]] = {}
+        batches: dict[str, Callable[[], None]] = {}
+        for part in (4, 2, 1):
+            few = tasks[: max(1, len(tasks) // part)]
+            open_ = functools.partial(data_lib.EpisodeSampler, few, vocab, config.data, config.seed)
+            samplers[f"{len(few)} tasks"] = open_
+            batches[f"{len(few)} tasks"] = functools.partial(_Drawn(open_()).batches, 4)
+        every, first = f"{len(tasks)} tasks", next(iter(samplers))
+        timed: dict[str, Any] = {"sampler": samplers, "4 batches": batches}
+        for label, arms in timed.items():
+            seconds = measure.in_turns(arms, rounds)
+            result.rows.append(measure.time_row(f"{what}: {label}", seconds, every, first))
+        sampler = samplers[every]()
+        parts = {
+            f"of {number} hosts": functools.partial(_Drawn(sampler, number).batches, 4)
             for number in (1, 2, 4, 8)
         }
-        seconds = measure.in_turns(arms, 2 if options.tiny else 5)
-        for name in list(arms)[1:]:
-            result.rows.append(measure.time_row(what, seconds, name, "1 hosts"))
+        seconds = measure.in_turns(parts, rounds)
+        for name in list(parts)[1:]:
+            row = measure.time_row(f"{what}: 4 batches", seconds, name, "of 1 hosts")
+            result.rows.append(row)
+        result.notes.append(
+            f"{what}: {len(tasks)} tasks, {sum(len(task.rows) for task in tasks):,} rows, opened "
+            f"in {opened:.1f} s (imports included, where it is the first), batches of "
+            f"{config.data.tasks_per_batch} episodes of {config.data.examples_per_task} rows; "
+            f"so far the process has taken {_peak_mb():,.0f} MB at most"
+        )
     return result
+
+
+def _peak_mb() -> float:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 class _Drawn:
