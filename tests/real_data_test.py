@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable
@@ -94,14 +95,11 @@ def test_a_real_file_cut_off_anywhere(mixture: str, real_data: Any, tmp_path: Pa
             assert part.name in str(error.value) or part.parent.name in str(error.value)
             told += 1
             config.on_bad_row = "skip"
-            try:
+            with contextlib.suppress(UserError):  # nothing whole is left
                 [task] = data.load_tasks(mixture, config, "train", ByteVocabulary())
-            except UserError as lost:
-                assert len(str(lost).splitlines()) == 1
-                continue
-            assert len(task.rows) <= rows
-            if mixture == "p3":  # what stats.json tells of, and the file has no more
-                assert len(task.rows) + sum(task.skipped.values()) == rows
-            elif mixture == "metaicl":
-                assert sum(task.skipped.values()) <= 1, "all lines but the last are whole"
+                assert len(task.rows) <= rows
+                if mixture == "p3":  # what stats.json tells of, and the file has no more
+                    assert len(task.rows) + sum(task.skipped.values()) == rows
+                elif mixture == "metaicl":
+                    assert sum(task.skipped.values()) <= 1, "all lines but the last are whole"
     assert told == 3 * CUTS
