@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -75,6 +76,7 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _data(args: argparse.Namespace) -> None:
+    start = time.perf_counter()
     from hyper_t5 import data, describe
 
     if bool(args.mixture) == args.text:
@@ -82,7 +84,7 @@ def _data(args: argparse.Namespace) -> None:
     mixture = data.find_mixture(args.mixture)[0] if args.mixture else ""
     config = _data_config(args, mixture)
     config.stage = "hyperpretrain" if args.text else "mtf"
-    describe.describe(config, args.mixture or "", args.out, args.episodes, args.steps)
+    describe.describe(config, args.mixture or "", args.out, args.episodes, args.steps, start)
 
 
 def _build(args: argparse.Namespace) -> None:

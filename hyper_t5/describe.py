@@ -462,7 +462,12 @@ def other_names(
 
 
 def describe(
-    config: Any, name: str = "", out: Path | None = None, episodes: int = 3, steps: int = 50
+    config: Any,
+    name: str = "",
+    out: Path | None = None,
+    episodes: int = 3,
+    steps: int = 50,
+    start: float | None = None,
 ) -> Report:
     """Looks at a mixture, or at `data.text`; prints the report, and writes it where `out` is given.
 
@@ -472,11 +477,13 @@ def describe(
         out: a folder for data.json and lengths.png.
         episodes: how many to decode.
         steps: batches to draw.
+        start: `time.perf_counter()` when start-up began; now by default.
 
     Raises:
         UserError: unknown name, bad data, or `out` cannot be written.
     """
-    start, config = time.perf_counter(), config.copy_and_resolve_references()
+    start = time.perf_counter() if start is None else start
+    config = config.copy_and_resolve_references()
     if out is not None:
         files.check_writable(out / "data.json")
     if name:
