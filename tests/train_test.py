@@ -454,6 +454,28 @@ def test_a_long_instruction_may_be_cut(make: Any, sni: Path, tmp_path: Path) -> 
     assert runs.lines(tmp_path / "run")[-1]["data/truncated_conditionings"] >= 2
 
 
+def test_a_packed_run_from_a_store(
+    make: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Build, train from what was built without the source, and refuse what was altered."""
+    config = make(data__pack=True, train__steps=2, train__save_every=2, data__input_length=32)
+    gin = f"--gin.data.sni_dir={config.data.sni_dir}"
+    more = ["--gin.data.vocab=bytes", "--gin.data.max_instances_per_task=0"]
+    out = tmp_path / "built"
+    assert cli.main(["build", "--mixture=sni", f"--out={out}", "--shards=2", gin, *more]) == 0
+    store = out / "hyper_t5" / "sni" / "1.0.0"
+    assert str(store) in capsys.readouterr().out
+    config.data.store, config.data.sni_dir = str(store), ""
+    runs.run(config, tmp_path / "run")
+    line = runs.lines(tmp_path / "run")[-1]
+    assert line["data/examples"] > 2 * line["data/rows"]
+    shard = next(store.glob("*-train.tfrecord-00000-*"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    told = runs.fails(capsys, *runs.command(config, tmp_path / "again"))
+    assert f"{shard.name}: altered" in told
+    assert not list((tmp_path / "again").glob("checkpoints/*"))
+
+
 def test_a_workdir_of_another_config_is_refused(
     make: Any, unbroken: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
