@@ -39,6 +39,13 @@ if importlib.util.find_spec("filelock"):
     _defaults["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2 * 2**30)
 for _name, _value in _defaults.items():
     os.environ.setdefault(_name, _value)
+if importlib.util.find_spec("hypothesis"):
+    from hypothesis import HealthCheck, settings
+
+    # A busy machine is no failure: neither an example nor making one has a time limit.
+    _slow = [HealthCheck.too_slow]
+    settings.register_profile("hyper_t5", deadline=None, suppress_health_check=_slow)
+    settings.load_profile("hyper_t5")
 # An entry without a time of last use, left by a process that was killed or had no limit, makes
 # every later write fail. An empty one counts as the oldest.
 for _entry in _compile_cache().glob("*-cache"):

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hyper_t5 import records
@@ -118,7 +118,7 @@ def test_a_length_that_no_file_has_is_not_read(file: Path) -> None:
         records.scan(file)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60)
 @given(
     data=st.lists(st.binary(max_size=40), max_size=6),
     flips=st.lists(st.tuples(st.integers(0, 10**6), st.integers(1, 255)), max_size=3),
@@ -343,7 +343,7 @@ def assert_same(ours: Any, theirs: Any) -> None:
         np.testing.assert_array_equal(ours, theirs)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.dictionaries(NAMES, FEATURES, max_size=5))
 def test_examples_of_tensorflow(features: dict[str, Any]) -> None:
     raw = make_example(features)
@@ -398,7 +398,7 @@ def test_lists_that_are_not_packed_and_parts_that_come_twice() -> None:
         assert_same(ours[name], value)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     features=st.dictionaries(NAMES, FEATURES, max_size=3),
     flips=st.lists(st.tuples(st.integers(0, 10**6), st.integers(1, 255)), max_size=4),

@@ -139,7 +139,7 @@ ANY_ROW = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(row=ANY_ROW)
 def test_any_row_survives(row: dict[str, Any]) -> None:
     features = _features()

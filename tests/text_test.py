@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from data_test import BYTES, at_eos, ended_parts, make_config
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
@@ -408,7 +408,7 @@ def check_readable(path: Path) -> None:
         assert not said or (said.startswith(str(path)) and "\n" not in said)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60)
 @given(
     raw=st.binary(max_size=60)
     | st.text(max_size=40).map(lambda body: json.dumps({"text": body}).encode())
@@ -431,7 +431,7 @@ WHOLE_XZ = lzma.compress(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60)
 @given(
     cut=st.integers(0, len(WHOLE_XZ) - 1),
     flip=st.none() | st.tuples(st.integers(0, len(WHOLE_XZ) - 1), st.integers(1, 255)),
