@@ -14,8 +14,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
-import resource
-import sys
 import time
 import zlib
 from collections import Counter
@@ -26,7 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hyper_t5 import data, files
+from hyper_t5 import data, files, metrics
 from hyper_t5 import describe_show as show
 from hyper_t5.episodes import input_width
 from hyper_t5.errors import UserError
@@ -632,8 +630,6 @@ _LENGTHS = ("instruction", "example", "conditioning", "text and input", "inputs"
 def _speed(drawn: Drawn, start_up: Mapping[str, float]) -> Report:
     """Seconds, and counts a second; called before anything else takes memory."""
     seconds = max(drawn.seconds, 1e-9)
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return {
         "start_up_seconds": {name: float(s) for name, s in start_up.items()},
         "batches": drawn.batches,
@@ -641,7 +637,7 @@ def _speed(drawn: Drawn, start_up: Mapping[str, float]) -> Report:
         "episodes_per_second": drawn.episodes / seconds,
         "examples_per_second": drawn.examples / seconds,
         "real_tokens_per_second": drawn.real_tokens / seconds,
-        "peak_rss_mb": peak / 1e6,
+        "peak_rss_mb": metrics.peak_memory_mb(),
     }
 
 

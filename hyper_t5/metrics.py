@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import os
+import resource
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -24,6 +25,19 @@ from hyper_t5.errors import UserError
 JSONL, TENSORBOARD = "metrics.jsonl", "tensorboard"
 
 log = logging.getLogger(__name__)
+
+
+def peak_memory_mb() -> float:
+    """The most resident memory that this process has had, in MB (10^6 bytes).
+
+    Linux's own count of it: what `getrusage` says there begins with the parent's.
+    """
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        line = next(line for line in lines if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024 / 1e6
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
 class Writer:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import resource
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -131,3 +133,13 @@ def test_progress_prints_to_what_stdout_is_now(capsys: pytest.CaptureFixture[str
     progress = metrics.Progress(2)
     progress.report(1, {"loss": 1.0})
     assert capsys.readouterr().out == "step 1/2  loss 1\n"
+
+
+def test_peak_memory_is_this_process_s_own() -> None:
+    """A child's does not begin with what its parent has taken."""
+    held = np.ones(40_000_000)  # 320 MB
+    assert metrics.peak_memory_mb() > 320
+    code = "from hyper_t5 import metrics; print(metrics.peak_memory_mb())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert 0 < float(done.stdout) < 320
+    del held

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import resource
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from time import perf_counter
@@ -14,6 +12,7 @@ from ml_collections import ConfigDict
 
 from hyper_t5 import config as config_lib
 from hyper_t5 import data as data_lib
+from hyper_t5 import metrics
 from hyper_t5.bench import Options, measure
 from hyper_t5.bench.steps import TrainingStep, random_backbone, where
 
@@ -119,14 +118,9 @@ def scaling(options: Options) -> measure.Result:
             f"{what}: {len(tasks)} tasks, {sum(len(task.rows) for task in tasks):,} rows, opened "
             f"in {opened:.1f} s (imports included, where it is the first), batches of "
             f"{config.data.tasks_per_batch} episodes of {config.data.examples_per_task} rows; "
-            f"so far the process has taken {_peak_mb():,.0f} MB at most"
+            f"so far the process has taken {metrics.peak_memory_mb():,.0f} MB at most"
         )
     return result
-
-
-def _peak_mb() -> float:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 class _Drawn:
