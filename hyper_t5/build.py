@@ -69,7 +69,8 @@ def config_of_environment() -> ConfigDict:
     except ValueError as error:
         raise UserError(f"{ENVIRONMENT}: {error}") from None
     config_lib.apply(config, [_override(word) for word in words])
-    return _validated(config)
+    config_lib.validate(config, needs_backbone=False)
+    return config
 
 
 def _override(word: str) -> Override:
@@ -79,16 +80,12 @@ def _override(word: str) -> Override:
     return Override(f"data.{field.removeprefix('data.')}", value, ENVIRONMENT)
 
 
-def _validated(config: ConfigDict) -> ConfigDict:
-    config.backbone.path = "none"  # no run comes of this config, and its check asks for one
-    config_lib.validate(config)
-    return config
-
-
 def _config_of(fields: Mapping[str, Any]) -> ConfigDict:
     """A config whose section `data` has these values, as JSON gives them."""
     values = {"data": {name.removeprefix("data."): value for name, value in fields.items()}}
-    return _validated(config_lib.from_json(json.dumps(values), "--config"))
+    config = config_lib.from_json(json.dumps(values), "--config")
+    config_lib.validate(config, needs_backbone=False)
+    return config
 
 
 # ------------------------------------------------------------------------------ the builder

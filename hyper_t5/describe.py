@@ -327,8 +327,8 @@ def spread(texts: Texts, limit: int) -> Report:
     }
 
 
-def _batch_spread(drawn: Drawn, name: str, limit: int, cut: float | None) -> Report:
-    """`spread` of what batches held, of which the share `cut` was cut; None is unknown."""
+def _batch_spread(drawn: Drawn, name: str, limit: int, cut: float) -> Report:
+    """`spread` of what batches held, of which the share `cut` was cut."""
     values = np.array(drawn.lengths.get(name, ()), np.int64)
     texts = Texts(values, np.ones(len(values)), np.zeros(len(values), bool))
     return spread(texts, limit) | {"cut": cut}
@@ -615,8 +615,7 @@ def _task_lengths(
         columns = zip(*(texts[name] for texts in looked), strict=True)
         found[name] = spread(Texts(*map(np.concatenate, columns)), limit)
     if layout == "concat":
-        # Packing encodes more rows than it has room for, and what it counts as cut is of them all.
-        cut = None if c.pack else stats["truncated_inputs"] / max(1, drawn.examples)
+        cut = stats["truncated_inputs"] / max(1, drawn.examples)
         found["text and input"] = _batch_spread(drawn, "inputs", input_width(c, layout), cut)
     else:
         cut = stats["truncated_conditionings"] / max(1, drawn.episodes)

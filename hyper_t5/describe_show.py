@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from hyper_t5 import files
-from hyper_t5.errors import UserError
+from hyper_t5 import plots
 
 NAMES_SHOWN = 3  # of the tasks that a warning is about; data.json has them all
 EXAMPLES_SHOWN = 2  # of an episode
@@ -122,10 +121,8 @@ def _length_lines(report: Report, most_rows: int) -> Iterator[str]:
     )
 
 
-def _percent(share: float | None) -> str:
+def _percent(share: float) -> str:
     """A share as text; what is not nothing never reads as 0.0 %."""
-    if share is None:
-        return "-"
     if 0 < share < 0.0005:
         return "<0.1 %"
     return f"{100 * share:.1f} %"
@@ -216,11 +213,4 @@ def plot_lengths(report: Report, file: Path) -> Path:
         axes.spines[["top", "right"]].set_visible(False)
     rows[-1, 0].set_xlabel("tokens; the last bar has all that are longer; line: the config's limit")
     figure.tight_layout()
-    files.check_writable(file)
-    try:
-        figure.savefig(file, dpi=120)
-    except OSError as e:
-        raise UserError(f"cannot write {file}: {e.strerror}") from e
-    finally:
-        pyplot.close(figure)
-    return file
+    return plots.save(figure, file)

@@ -44,7 +44,7 @@ def compare(
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.tight_layout()
-    return _save(figure, Path(path))
+    return save(figure, Path(path))
 
 
 def quality_by_cost(points: Mapping[str, tuple[float, float]], path: str | Path) -> Path:
@@ -81,7 +81,7 @@ def quality_by_cost(points: Mapping[str, tuple[float, float]], path: str | Path)
     axes.set_ylabel("exact match, %")
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
-    return _save(figure, Path(path))
+    return save(figure, Path(path))
 
 
 def _near(points: Mapping[str, tuple[float, float]], ratio: float = 1.2) -> list[list[str]]:
@@ -115,10 +115,11 @@ def ratios(bars: Mapping[str, float], path: str | Path) -> Path:
     axes.set_xlabel("times better than what it is measured against")
     axes.spines[["top", "right", "left"]].set_visible(False)
     figure.tight_layout()
-    return _save(figure, Path(path))
+    return save(figure, Path(path))
 
 
-def _save(figure: Any, path: Path) -> Path:
+def save(figure: Any, path: Path) -> Path:
+    """Writes a figure and closes it; UserError where it cannot be written."""
     from matplotlib import pyplot
 
     try:

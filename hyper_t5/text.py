@@ -33,6 +33,7 @@ import numpy as np
 from hyper_t5.errors import UserError
 from hyper_t5.hosts import slots_of
 from hyper_t5.prompts import LAYOUTS
+from hyper_t5.records import cache_root
 from hyper_t5.taskfile import OnBadRow
 from hyper_t5.vocab import EOS_ID, Vocabulary
 
@@ -206,7 +207,7 @@ def cached_tokens(
         cache_dir: '' is $XDG_CACHE_HOME/hyper_t5, or ~/.cache/hyper_t5.
         on_bad_row: as `read_documents`.
     """
-    entry = _cache_root(cache_dir) / f"tokens-{_cache_key(files, vocab, on_bad_row)}"
+    entry = cache_root(cache_dir) / f"tokens-{_cache_key(files, vocab, on_bad_row)}"
     store = _load_cache(entry, vocab)
     if store is not None:
         return store
@@ -239,12 +240,6 @@ def cached_tokens(
     store = _load_cache(entry, vocab)
     assert store is not None, f"{entry} was just written"
     return store
-
-
-def _cache_root(cache_dir: str | Path) -> Path:
-    if cache_dir:
-        return Path(cache_dir).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "hyper_t5"
 
 
 def _cache_key(files: Sequence[Path], vocab: Vocabulary, on_bad_row: OnBadRow) -> str:

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hyper_t5.errors import UserError
-from hyper_t5.prompts import ENCODINGS, example_text
+from hyper_t5.prompts import ENCODINGS, example_text, show_rule
 from hyper_t5.taskfile import (
     Example,
     OnBadRow,
@@ -106,8 +106,7 @@ def find(name: str) -> tuple[str, dict[str, str]] | None:
 
 def _check_no_instruction(data_config: Any) -> None:
     variant = data_config.get("variant", "")
-    shown = not variant.startswith("pos_") if variant else data_config.use_instruction
-    if shown:
+    if show_rule(data_config, concat=True).instruction:
         what = f"data.variant={variant!r} shows" if variant else "data.use_instruction=True shows"
         raise UserError(
             f"{what} an instruction and MetaICL's tasks have none; set data.use_instruction=False "
