@@ -855,17 +855,11 @@ def test_prefetch_keeps_order_passes_errors_and_stops() -> None:
 # -------------------------------------------------------------------------- the real data
 
 
-def test_real_sni_when_at_hand(shared_dir: Path, tmp_path: Path) -> None:
-    import tarfile
-
-    with tarfile.open(shared_dir / "data" / "sni.tar.xz") as archive:
-        wanted = [m for m in archive.getmembers() if "/splits/default/test_" in f"/{m.name}"]
-        wanted += [m for m in archive.getmembers() if "/tasks/task1" in f"/{m.name}"]
-        archive.extractall(tmp_path, wanted, filter="data")
-    (folder,) = (p.parent for p in tmp_path.rglob("tasks"))
+def test_real_sni_when_at_hand(shared_dir: Path, real_data: Callable[[str], Path]) -> None:
     config = make_config(
-        sni_dir=str(folder),
+        sni_dir=str(real_data("sni")),
         on_missing_task="skip",
+        empty_targets="keep",
         on_long_instruction="truncate",
         hyper_length=512,
         input_length=256,

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -409,19 +410,8 @@ def test_command(tmp_path: Path, repo_root: Path, capsys: pytest.CaptureFixture[
     assert err.count("\n") == 1
 
 
-def test_real_rows_when_at_hand(shared_dir: Path, tmp_path: Path) -> None:
-    import tarfile
-
-    for name, wanted in (("metaicl", "/glue-"), ("p3", "/data/")):
-        with tarfile.open(shared_dir / "data" / f"{name}.tar.xz") as archive:
-            members = [
-                member
-                for member in archive
-                if wanted in f"/{member.name}"
-                and (name != "p3" or any(f"/{task}" in member.name for task in glue.P3_TASKS))
-            ]
-            archive.extractall(tmp_path, members, filter="data")
-    counts = glue.convert(tmp_path / "metaicl", tmp_path / "p3", tmp_path / "out")
+def test_real_rows_when_at_hand(real_data: Callable[[str], Path], tmp_path: Path) -> None:
+    counts = glue.convert(real_data("metaicl"), real_data("p3"), tmp_path / "out")
     assert set(counts) == set(glue.TASKS) - {"stsb"}
     assert not any(count["unreadable"] for count in counts.values())
     # The whole official validation sets of these four.

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-import tarfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -496,10 +495,8 @@ REAL = {
 }
 
 
-def test_real_settings_when_at_hand(shared_dir: Path, tmp_path: Path) -> None:
-    with tarfile.open(shared_dir / "data" / "metaicl.tar.xz") as archive:
-        archive.extractall(tmp_path, filter="data")
-    (folder,) = (path.parent for path in tmp_path.rglob("config"))
+def test_real_settings_when_at_hand(real_data: Callable[[str], Path]) -> None:
+    folder = real_data("metaicl")
     for setting, (train, whole, test) in REAL.items():
         how = {"metaicl_setting": setting, "on_missing_task": "skip"}
         tasks = load(folder, "train", **how)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -717,20 +719,15 @@ def test_files_that_change_while_they_are_read(folder: Path) -> None:
 # ------------------------------------------------------------------------- the real data
 
 
-def test_real_tasks_when_at_hand(shared_dir: Path, tmp_path: Path) -> None:
-    import tarfile
-
-    wanted = (
-        "/rotten_tomatoes_Movie_Expressed_Sentiment/",
-        "/super_glue_cb_can_we_infer_score_eval/",
-        "/anli_GPT_3_style_r2_score_eval/",
-        "/meta/hint_all_edited_prompts.txt",
-    )
-    with tarfile.open(shared_dir / "data" / "p3.tar.xz") as archive:
-        found = [m for m in archive if any(part in f"/{m.name}" for part in wanted)]
-        archive.extractall(tmp_path, found, filter="data")
-    (prompts,) = tmp_path.rglob("hint_all_edited_prompts.txt")
-    root = prompts.parent.parent
+def test_real_tasks_when_at_hand(real_data: Callable[[str], Path], tmp_path: Path) -> None:
+    root = tmp_path / "p3"
+    for name in (
+        "rotten_tomatoes_Movie_Expressed_Sentiment",
+        "super_glue_cb_can_we_infer_score_eval",
+        "anli_GPT_3_style_r2_score_eval",
+    ):
+        shutil.copytree(real_data("p3") / "data" / name, root / "data" / name)
+    prompts = real_data("p3") / "meta" / "hint_all_edited_prompts.txt"
     fields = {"p3_prompts": str(prompts), "cache_dir": str(tmp_path / "cache")}
     (train,) = load(root, **fields).values()
     assert len(train.rows) == 200

@@ -518,8 +518,6 @@ TFDS = [str(Path(sys.executable).with_name("tfds")), "build", "hyper_t5/build.py
 def test_tfds_build(
     command: list[str], sni_dir: Path, text_file: Path, tmp_path: Path, repo_root: Path
 ) -> None:
-    if command is TFDS and not importlib.util.find_spec("mlcroissant"):
-        pytest.skip("TFDS's own command wants the package mlcroissant")
     out = tmp_path / "out"
     flags = ["--config", "sni", "--data_dir", str(out), "--num_shards", "2"]
     run([*command, *flags], repo_root, HYPER_T5_DATA=f"'sni_dir={sni_dir}'")

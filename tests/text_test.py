@@ -456,7 +456,7 @@ def test_a_cut_xz_is_refused(
 
 def build_tfds(folder: Path, documents: list[str], shards: int, field: str = "text") -> Any:
     """A prepared TFDS set `small_text:1.0.0` of documents in their order."""
-    tfds: Any = pytest.importorskip("tensorflow_datasets")
+    import tensorflow_datasets as tfds
     from tensorflow_datasets.core import registered
 
     with registered.skip_registration():
@@ -483,7 +483,7 @@ def build_tfds(folder: Path, documents: list[str], shards: int, field: str = "te
     return builder
 
 
-def note_reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
+def note_reads(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """(begin, end, documents that came) of every call of the reader from now on."""
     from hyper_t5.tasks import text as module
 
@@ -498,7 +498,7 @@ def note_reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
             yield texts
 
     monkeypatch.setattr(module, "read_blocks", noted)
-    return reads  # type: ignore[return-value]
+    return reads
 
 
 TFDS_DOCUMENTS = [f"document number {i:03d} " * (1 + i % 7) for i in range(47)] + ["tiny"]
@@ -614,8 +614,8 @@ C4_SHARD = 356_317  # documents of each of C4's 1024 files, about
 
 def mocked_c4(folder: Path) -> Any:
     """C4 with TFDS's metadata as if prepared, and made-up documents that say their number."""
-    tfds: Any = pytest.importorskip("tensorflow_datasets")
     import tensorflow as tf
+    import tensorflow_datasets as tfds
 
     place = folder / "c4" / "en" / "3.1.0"
     place.mkdir(parents=True)
