@@ -23,10 +23,11 @@ ROOT = Path(__file__).resolve().parent.parent
 # highest line that has all it needs above it.
 LAYERS = [
     ["hyper_t5", "errors"],
+    ["overrides"],
     [
         "hosts",
-        "overrides",
         "files",
+        "chips",
         "vocab",
         "optim",
         "metrics",
