@@ -24,10 +24,10 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     ["hyper_t5", "errors"],
     ["overrides"],
+    ["chips"],
     [
         "hosts",
         "files",
-        "chips",
         "vocab",
         "optim",
         "metrics",
