@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # highest line that has all it needs above it.
 LAYERS = [
     ["hyper_t5", "errors"],
+    ["distributed"],
     ["overrides"],
     ["chips"],
     [
