@@ -1,4 +1,8 @@
-"""Files that hold weights: safetensors read lazily, JSON, and folders that appear whole or not."""
+"""Files that hold weights: safetensors read lazily, JSON, and folders that appear whole or not.
+
+A run's folder may lie on this machine or in a bucket, `gs://BUCKET/NAME`: `as_path` takes either,
+and `read_bytes`, `write_bytes`, `read_json` and the writers of text go through it.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -14,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -22,6 +28,40 @@ from hyper_t5.errors import UserError
 Shape = tuple[int, ...]
 READ_ERRORS = (OSError, ValueError, SafetensorError)
 _DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+
+
+def as_path(path: str | os.PathLike[str]) -> epath.Path:
+    """An absolute path of this machine, or one in a bucket: `gs://BUCKET/NAME`.
+
+    pathlib makes one slash of two; `gs:/BUCKET` is the bucket all the same.
+    """
+    text = re.sub(r"^(gs|s3):/+", r"\1://", os.fspath(path))
+    made = epath.Path(text)
+    return made.resolve() if is_local(made) else made
+
+
+def is_local(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is one of this machine's: it can be renamed, locked, and flushed to disk."""
+    return "://" not in os.fspath(path)
+
+
+def read_bytes(file: epath.Path) -> bytes:
+    """All of a file; OSError when it cannot be read, whatever the bucket's client raises."""
+    try:
+        return file.read_bytes()
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(str(error)) from error
+
+
+def write_bytes(file: epath.Path, content: bytes) -> None:
+    """Writes a file and sees it to the disk; in a bucket, an object is there whole or not."""
+    with file.open("wb") as stream:
+        stream.write(content)
+        if is_local(file):
+            stream.flush()
+            os.fsync(stream.fileno())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,10 +25,9 @@ LAYERS = [
     ["hyper_t5", "errors"],
     ["distributed"],
     ["overrides"],
-    ["chips"],
+    ["chips", "files"],
     [
         "hosts",
-        "files",
         "vocab",
         "optim",
         "metrics",
