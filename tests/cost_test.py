@@ -10,12 +10,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
 from hyper_t5 import adapters as ad
 from hyper_t5 import config as config_lib
-from hyper_t5 import cost, hypermodels, metrics, model, t5
+from hyper_t5 import cost, hypermodels, metrics, model, t5, train
 from hyper_t5.hypermodels import SYSTEMS
 
 HYPER, INPUT, TARGET = 72, 8, 6
@@ -173,6 +174,139 @@ def test_generated_parameters_are_those_that_it_emits(system: str) -> None:
     assert 2 * cost.generated_parameters(m, config) == numbers > 0
     if system == "shared_prefix":  # encoder's self-attention and decoder's cross-attention
         assert numbers == 2 * (2 + 3) * 2 * 10 * 64
+
+
+# ------------------------------------------------------------------------------- a training step
+
+
+def counted(function: Any, *arrays: Any) -> float:
+    return cost.jaxpr_flops(jax.make_jaxpr(function)(*arrays))
+
+
+A, B = np.ones((3, 5), np.float32), np.ones((5, 7), np.float32)
+PRODUCT = 2.0 * 3 * 5 * 7
+
+
+def test_products_of_every_kind() -> None:
+    assert counted(jnp.matmul, A, B) == PRODUCT
+    assert counted(jnp.add, A, A) == 0
+    many = np.ones((4, 3, 5)), np.ones((4, 5, 7))
+    assert counted(jnp.matmul, *many) == 4 * PRODUCT
+    assert counted(jax.vmap(jnp.matmul, (0, None)), many[0], B) == 4 * PRODUCT
+    assert counted(lambda x: jnp.einsum("ab,ab->", x, x), A) == 2 * 15
+    # 1-D convolution of 10 places, 3 of the kernel, 4 channels to 6; then in two groups.
+    signal, kernel = np.ones((1, 4, 10), np.float32), np.ones((6, 4, 3), np.float32)
+    both = (1,), "SAME"
+    assert counted(lambda x, k: jax.lax.conv(x, k, *both), signal, kernel) == 2 * 10 * 3 * 4 * 6
+
+    def grouped(x: Any, k: Any) -> Any:
+        return jax.lax.conv_general_dilated(x, k, *both, feature_group_count=2)
+
+    assert counted(grouped, signal, kernel[:, :2]) == 10 * 3 * 4 * 6
+
+
+def test_programs_in_programs() -> None:
+    def product(x: Any) -> Any:
+        return x @ B
+
+    def scanned(x: Any) -> Any:
+        turns: Any = jax.lax.scan(lambda c, _: (c + jnp.sum(x @ B), None), 0.0, None, length=11)
+        return turns[0]
+
+    def choose(x: Any) -> Any:
+        turns = [
+            lambda x: x[0],
+            lambda x: jnp.sum(product(x) @ B.T, 0),
+            lambda x: product(x)[0, :5],
+        ]
+        return jax.lax.switch(jnp.int32(x[0, 0]), turns, x)
+
+    def loop(x: Any) -> Any:
+        start: Any = 0.0
+        return jax.lax.while_loop(lambda c: c < 9, lambda c: c + jnp.sum(x @ B), start)
+
+    assert counted(jax.jit(product), A) == PRODUCT
+    assert counted(scanned, A) == 11 * PRODUCT
+    assert counted(jax.vmap(scanned), np.ones((4, 3, 5))) == 44 * PRODUCT
+    assert counted(choose, A) == 2 * PRODUCT
+    assert counted(loop, A) == PRODUCT
+    own = jax.custom_vjp(product)
+    own.defvjp(lambda x: (product(x), None), lambda _, y: (y @ B.T,))
+    assert counted(own, A) == PRODUCT
+    assert counted(jax.grad(lambda x: jnp.sum(own(x))), A) == 2 * PRODUCT
+
+
+def test_remat_costs_what_it_computes_again() -> None:
+    def loss(x: Any) -> Any:
+        return jnp.sum(jnp.sin(jnp.sin(x @ B) @ B.T))
+
+    plain = counted(jax.grad(loss), A)
+    assert plain == 4 * PRODUCT
+    assert counted(jax.grad(jax.checkpoint(loss)), A) > plain
+
+
+TASKS, EXAMPLES = 2, 3
+WIDE = dataclasses.replace(SIZES, emb_dim=256, head_dim=64, mlp_dim=512)
+
+
+def batch_of(system: str, examples: int = EXAMPLES, length: int = INPUT) -> dict[str, Any]:
+    long = SYSTEMS[system].layout == "concat"
+    return {
+        "hyper_inputs": ids(TASKS, 1 if long else HYPER),
+        "tasks": ids(TASKS),
+        "inputs": ids(TASKS, examples, length + HYPER if long else length),
+        "targets": ids(TASKS, examples, TARGET),
+    }
+
+
+def step_flops(system: str, sizes: t5.T5Config = WIDE, examples: int = EXAMPLES) -> float:
+    config = make_config(system)
+    m = model.build(config, sizes)
+    return cost.train_flops(m, config, batch_of(system, examples), train.loss_sums)
+
+
+@pytest.mark.parametrize("system", ["hyper_lora", "hint", "hyperdecoder", "fid_icl", "task_lora"])
+def test_a_step_as_xla_counts_it(system: str) -> None:
+    m = model.build(make_config(system), dataclasses.replace(WIDE, scan_unroll=3))
+    frozen = parameters(m)
+    trained = {branch: frozen.pop(branch) for branch in m.choice.trains}
+
+    def gradient(trained: Any, frozen: Any, batch: Any) -> Any:
+        return jax.grad(train.loss_sums, argnums=1, has_aux=True)(m, trained, frozen, batch, None)
+
+    expected = cost.count(gradient, trained, frozen, batch_of(system))
+    assert step_flops(system) == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize("changes", [GATED, PLAIN])
+def test_a_plain_step_is_three_forward_passes(changes: dict[str, Any]) -> None:
+    """6 N D, where N D is the parameters that a token meets, and attention is no parameter."""
+    sizes = dataclasses.replace(SIZES, **changes)
+    rows = TASKS * EXAMPLES
+    expected = 3 * rows * by_hand(sizes, HYPER + INPUT)
+    assert step_flops("concat", sizes) == expected
+    # How it is computed is no cost of the model's.
+    how = dataclasses.replace(sizes, remat="full", scan_unroll=2, dtype="bfloat16")
+    assert step_flops("concat", how) == expected
+
+
+def test_nothing_is_spent_on_gradients_of_what_is_frozen() -> None:
+    """Through a frozen backbone there is a way back for activations: twice a pass, not thrice."""
+    forward = TASKS * EXAMPLES * by_hand(WIDE, INPUT)
+    adapters = step_flops("shared_lora") - 2 * forward
+    assert 0 < adapters < 0.2 * forward
+
+
+def test_the_hypermodel_runs_once_a_task() -> None:
+    one, two, five = (step_flops("hyper_lora", examples=n) for n in (1, 2, 5))
+    assert five - two == 3 * (two - one)
+    encoder = TASKS * HYPER * WIDE.num_encoder_layers * (4 * 256 * 256 + 3 * 256 * 512) * 2
+    assert one - (two - one) > 3 * encoder
+
+
+def test_a_step_of_any_size_is_counted_without_weights() -> None:
+    xl = t5.preset("xl", remat="minimal")
+    assert step_flops("concat", xl) == 3 * TASKS * EXAMPLES * by_hand(xl, HYPER + INPUT)
 
 
 # ------------------------------------------------------------------------------------- seconds
