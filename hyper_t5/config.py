@@ -124,10 +124,23 @@ def defaults() -> ConfigDict:
             "steps": 1000,
             "log_every": 50,
             "save_every": 500,
-            "keep": 3,  # checkpoints
+            "keep": 3,  # the newest checkpoints; 0 = all
+            "keep_period": 0,  # and for good each whose step is a multiple of this; 0 = none
             "microbatches": 1,  # gradient accumulation; divides data.tasks_per_batch
             "z_loss": 1e-4,
             "label_smoothing": 0.0,
+            "on_bad_step": "stop",  # no number, or a spike, as loss or gradient: 'stop' | 'skip'
+            "spike": 0.0,  # a loss over this many times its running mean is a bad step; 0 = never
+        },
+        # How a run is spread over devices (sharding.py); one size may be -1: all that are left.
+        "mesh": {
+            "slices": 1,  # TPU slices, with the data-centre network between them
+            "data": -1,  # parts of a batch; what is trained is cut by them too (ZeRO)
+            "model": 1,  # parts of each matrix
+            "rules": (  # logical axis = mesh axis, nothing where it is not cut; T5X's standard ones
+                *("vocab=model", "mlp=model", "heads=model", "joined_kv=model"),
+                *("embed=", "layers=", "prefix=", "relpos_buckets="),
+            ),
         },
         "optimizer": {
             "name": "adamw",  # 'adamw' | 'adafactor' (T5X's)
@@ -334,6 +347,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "data.on_long_instruction": ("raise", "truncate"),
     "optimizer.name": ("adafactor", "adamw"),
     "optimizer.schedule": ("constant", "linear", "cosine", "rsqrt"),
+    "train.on_bad_step": ("stop", "skip"),
 }
 _AT_LEAST: dict[int, tuple[str, ...]] = {
     0: (
@@ -344,6 +358,9 @@ _AT_LEAST: dict[int, tuple[str, ...]] = {
         "data.example_length",
         "data.concat_length",
         "train.z_loss",
+        "train.keep",
+        "train.keep_period",
+        "train.spike",
         "adapter.task_slots",
         "optimizer.warmup_steps",
         "optimizer.first_step",
@@ -373,7 +390,6 @@ _AT_LEAST: dict[int, tuple[str, ...]] = {
         "train.steps",
         "train.log_every",
         "train.save_every",
-        "train.keep",
         "train.microbatches",
         "eval.batch",
         "eval.max_decode_length",

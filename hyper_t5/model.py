@@ -18,12 +18,13 @@ import numpy as np
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from hyper_t5 import checkpoint, hypermodels, names, t5, weights, workdir
+from hyper_t5 import checkpoint, hypermodels, names, sharding, t5, weights, workdir
 from hyper_t5.adapters import Adapters
 from hyper_t5.config import t5_config
 from hyper_t5.decoding import decode
 from hyper_t5.errors import UserError
 from hyper_t5.hypermodels import BACKBONE, HYPERMODEL, SYSTEMS, System
+from hyper_t5.sharding import Placement
 from hyper_t5.vocab import Vocabulary, load_vocab
 
 Array = jax.Array
@@ -37,12 +38,13 @@ class Model:
     """Static parts only, so that it can be a static argument of jit.
 
     Parameters are passed along: ``{"backbone": ..., "hypermodel": ...}``, the latter where the
-    system has any of its own.
+    system has any of its own. ``placement``: how they lie on a mesh; None: on one device.
     """
 
     sizes: t5.T5Config
     system: str
     hypermodel: nn.Module | None
+    placement: Placement | None = None
 
     @property
     def choice(self) -> System:
@@ -60,13 +62,14 @@ class Model:
         """ids [T, L] and numbers [T] of tasks -> adapters of T tasks; None if none are emitted."""
         if self.hypermodel is None:
             return None
-        return self.hypermodel.apply(
+        made = self.hypermodel.apply(
             {"params": {**params.get(HYPERMODEL, {}), BACKBONE: params[BACKBONE]}},
             ids,
             tasks,
             rng is None,
             rngs=None if rng is None else {"dropout": rng},
         )
+        return self.placement.adapters(made) if self.placement else made
 
     def logits(self, params: Tree, batch: Tree, rng: Array | None = None) -> Array:
         """Teacher-forced float32 logits [T*G, Lt, V]; the hypermodel runs once a task.
@@ -91,6 +94,29 @@ class Model:
             deterministic=rng is None,
             rngs=None if rng is None else {"dropout": keys[1]},
         )
+
+
+def logical_axes(m: Model) -> Tree:
+    """{branch: tree} of the logical axis names of every parameter, `layers` first where stacked.
+
+    Raises:
+        TypeError: a parameter without names.
+    """
+    axes: Tree = {BACKBONE: t5.logical_axes(m.sizes)}
+    if m.hypermodel is not None:
+        axes[HYPERMODEL] = hypermodels.logical_axes(m.hypermodel)
+    return axes
+
+
+def shapes_of(m: Model, dtype: str = "float32") -> Tree:
+    """{branch: tree} of the shapes that parameters have; ``dtype`` is that of a frozen backbone."""
+    shapes: Tree = {BACKBONE: jax.eval_shape(lambda: t5.init_params(m.sizes, jax.random.key(0)))}
+    if BACKBONE not in m.choice.trains:
+        cast = functools.partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, dtype))
+        shapes[BACKBONE] = cast(shapes[BACKBONE])
+    if m.hypermodel is not None:
+        shapes[HYPERMODEL] = shapes_of_hypermodel(m)
+    return shapes
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -173,21 +199,25 @@ def new_backbone(config: ConfigDict) -> Backbone:
             f"model.vocab_size={sizes.vocab_size} is too small for the {vocab.size} "
             "ids of data.vocab; raise it"
         )
-    params = jax.jit(functools.partial(t5.init_params, sizes))(jax.random.key(config.seed))
-    return Backbone(sizes, params, vocab)
+    # On the host: a backbone is trained from nothing rarely, and is small where it is.
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        params = jax.jit(functools.partial(t5.init_params, sizes))(jax.random.key(config.seed))
+    return Backbone(sizes, jax.tree.map(np.asarray, params), vocab)
 
 
-def build(config: ConfigDict, sizes: t5.T5Config) -> Model:
+def build(config: ConfigDict, sizes: t5.T5Config, placement: Placement | None = None) -> Model:
     """The static parts of ``config.system`` on a backbone of these sizes."""
     make = SYSTEMS[config.system].build
-    return Model(sizes, config.system, make(config, sizes) if make else None)
+    return Model(sizes, config.system, make(config, sizes) if make else None, placement)
 
 
-def start(config: ConfigDict) -> tuple[Model, Backbone, Tree, Tree]:
+def start(
+    config: ConfigDict, placement: Placement | None = None
+) -> tuple[Model, Backbone, Tree, Tree]:
     """(model, backbone, trained parameters, frozen parameters) at step 0 of a run.
 
     The hypermodel starts from ``hypermodel.path`` if given (another run's hand-over), else from the
-    backbone's weights, else at random.
+    backbone's weights, else at random. With a placement what is trained lies as it is stored.
     """
     # Weights that are trained are kept in float32: bfloat16 would lose small updates.
     trains = SYSTEMS[config.system].trains
@@ -198,26 +228,46 @@ def start(config: ConfigDict) -> tuple[Model, Backbone, Tree, Tree]:
         if config.backbone.path
         else new_backbone(config)
     )
-    model = build(config, backbone.sizes)
-    params = {BACKBONE: jax.tree.map(jnp.asarray, backbone.params)}
+    model = build(config, backbone.sizes, placement)
     if config.hypermodel.path and HYPERMODEL not in trains:
         raise UserError(
             f"hypermodel.path: system={config.system} trains no hypermodel; set it to ''"
         )
+    where = placements(model) if placement else None
+    params = {BACKBONE: _put(backbone.params, where and where[BACKBONE])}
     if model.hypermodel is not None:
-        copied = backbone.params if config.hypermodel.init == "backbone" else None
-        fresh = hypermodels.init_params(model.hypermodel, jax.random.key(config.seed), copied)
-        if config.hypermodel.path:
-            fresh = hand_over(config.hypermodel.path, fresh, backbone, BACKBONE not in trains)
-        params[HYPERMODEL] = fresh
+        params[HYPERMODEL] = _start_hypermodel(config, model, backbone, where and where[HYPERMODEL])
     if not all(params[branch] for branch in trains):
         raise UserError(f"system={config.system} as configured has nothing to train; take none")
     frozen = {k: v for k, v in params.items() if k not in trains}
     return model, backbone, {k: params[k] for k in trains}, frozen
 
 
-def hand_over(path: str | Path, fresh: Tree, backbone: Backbone, frozen: bool = True) -> Tree:
-    """The hypermodel of another run, checked leaf by leaf against a fresh one (or its shapes).
+def placements(m: Model) -> Tree:
+    """{branch: tree} of the shardings of all parameters: of trained ones as they are stored."""
+    assert m.placement is not None
+    axes, shapes = logical_axes(m), shapes_of(m)
+    ways = {True: m.placement.stored, False: m.placement.computed}
+    return {b: ways[b in m.choice.trains](axes[b], shapes[b]) for b in shapes}
+
+
+def _put(params: Tree, where: Tree | None) -> Tree:
+    return sharding.put(params, where) if where else jax.tree.map(jnp.asarray, params)
+
+
+def _start_hypermodel(config: ConfigDict, m: Model, backbone: Backbone, where: Tree | None) -> Tree:
+    assert m.hypermodel is not None
+    if config.hypermodel.path:
+        frozen = BACKBONE not in m.choice.trains
+        found = hand_over(config.hypermodel.path, shapes_of_hypermodel(m), backbone, frozen)
+        return _put(found, where)
+    copied = backbone.params if config.hypermodel.init == "backbone" else None
+    key = jax.random.key(config.seed)
+    return hypermodels.init_params(m.hypermodel, key, copied, where)
+
+
+def hand_over(path: str | Path, wanted: Tree, backbone: Backbone, frozen: bool = True) -> Tree:
+    """The hypermodel of another run, checked leaf by leaf against the wanted shapes.
 
     ``frozen``: it belongs to the very weights of its backbone, and to no others of that size.
     """
@@ -229,8 +279,8 @@ def hand_over(path: str | Path, fresh: Tree, backbone: Backbone, frozen: bool = 
         digest=names.digest(backbone.params) if frozen else None,
         where=str(path),
     )
-    check_hypermodel(found, fresh, str(path))
-    return jax.tree.map(jnp.asarray, found)
+    check_hypermodel(found, wanted, str(path))
+    return found
 
 
 def shapes_of_hypermodel(m: Model) -> Tree:
@@ -264,10 +314,13 @@ def meta_of(config: ConfigDict, backbone: Backbone) -> dict[str, Any]:
     }
 
 
-def load_run(folder: str | Path, overrides: Any = ()) -> tuple[ConfigDict, Model, Backbone, Tree]:
+def load_run(
+    folder: str | Path, overrides: Any = (), on_mesh: bool = False
+) -> tuple[ConfigDict, Model, Backbone, Tree]:
     """A run for evaluation and use: (config, model, backbone, all parameters).
 
-    A run that trained nothing is its ``backbone.path`` as it is.
+    A run that trained nothing is its ``backbone.path`` as it is. ``on_mesh``: over all devices, as
+    the config's ``mesh`` says; otherwise on one.
     """
     config = workdir.load_config(folder, overrides)
     trains = SYSTEMS[config.system].trains
@@ -275,12 +328,15 @@ def load_run(folder: str | Path, overrides: Any = ()) -> tuple[ConfigDict, Model
         backbone = _trained_backbone(Path(folder), config)
     else:
         backbone = load_backbone(config.backbone.path, config, config.backbone.dtype)
-    model = build(config, backbone.sizes)
-    params = {BACKBONE: jax.tree.map(jnp.asarray, backbone.params)}
+    placement = sharding.make_placement(config.mesh) if on_mesh else None
+    model = build(config, backbone.sizes, placement)
+    params = {BACKBONE: backbone.params}
     if HYPERMODEL in trains and model.hypermodel is not None:
         wanted = shapes_of_hypermodel(model)
         params[HYPERMODEL] = hand_over(folder, wanted, backbone, BACKBONE not in trains)
-    return config, model, backbone, params
+    axes = logical_axes(model) if placement else {}
+    where = {k: placement.computed(axes[k], v) for k, v in params.items()} if placement else None
+    return config, model, backbone, _put(params, where)
 
 
 def _trained_backbone(folder: Path, config: ConfigDict) -> Backbone:

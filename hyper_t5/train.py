@@ -6,6 +6,7 @@ only, so frozen weights have no gradient, no optimizer state, and no place in th
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from hyper_t5 import checkpoint, data, losses, metrics, model, names, optim, weights
+from hyper_t5 import checkpoint, data, losses, metrics, model, names, optim, sharding, weights
 from hyper_t5.errors import UserError
 from hyper_t5.hypermodels import BACKBONE
 from hyper_t5.model import Model, Tree
@@ -44,9 +45,16 @@ def loss_sums(
 
 
 def make_step(
-    m: Model, optimizer: optax.GradientTransformation, config: ConfigDict
+    m: Model,
+    optimizer: optax.GradientTransformation,
+    config: ConfigDict,
+    placed: Any = None,
 ) -> jax.stages.Wrapped:
-    """The jitted training step: (state, frozen, batch, key) -> (state, metrics as sums)."""
+    """The jitted training step: (state, frozen, batch, key) -> (state, metrics as sums).
+
+    ``placed`` are the shardings of the state (``place_state``), which it has after a step as
+    before; the sums are whole on every device.
+    """
     parts = config.train.microbatches
     use_dropout = m.sizes.dropout_rate > 0
 
@@ -63,21 +71,24 @@ def make_step(
             )
 
         grads, sums = jax.grad(loss, has_aux=True)(trained)
+        if placed is not None:  # reduced and scattered in one: nobody needs them whole
+            grads = jax.lax.with_sharding_constraint(grads, placed["params"])
         return grads, sums
 
     def step(state: State, frozen: Tree, batch: Tree, key: Array) -> tuple[State, Tree]:
         rng = jax.random.fold_in(key, state["step"])
+        params = _gathered(m, state["params"])
         if parts == 1:
-            grads, sums = gradient(state["params"], frozen, batch, rng)
+            grads, sums = gradient(params, frozen, batch, rng)
         else:
-            split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
+            split = jax.tree.map(functools.partial(_split, m, parts), batch)
 
             def add(total: Any, part: tuple[Tree, Array]) -> tuple[Any, None]:
-                made = gradient(state["params"], frozen, *part)
+                made = gradient(params, frozen, *part)
                 return jax.tree.map(jnp.add, total, made), None
 
             first = (jax.tree.map(lambda x: x[0], split), jax.random.fold_in(rng, 0))
-            shapes = jax.eval_shape(lambda p: gradient(state["params"], frozen, *p), first)
+            shapes = jax.eval_shape(lambda p: gradient(params, frozen, *p), first)
             zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
             rngs = jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.arange(parts))
             (grads, sums), _ = jax.lax.scan(add, zero, (split, rngs))
@@ -88,7 +99,48 @@ def make_step(
         sums["grad_norm"] = optax.tree.norm(grads)
         return {"params": params, "opt_state": opt_state, "step": state["step"] + 1}, sums
 
-    return jax.jit(step, donate_argnums=0)
+    if placed is None or m.placement is None:
+        return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, out_shardings=(placed, m.placement.whole))
+
+
+def _gathered(m: Model, params: Tree) -> Tree:
+    """Trained parameters as a step computes with them: no longer cut over `data`."""
+    if m.placement is None:
+        return params
+    axes = model.logical_axes(m)
+    where = {k: m.placement.computed(axes[k], v) for k, v in params.items()}
+    return jax.lax.with_sharding_constraint(params, where)
+
+
+def _split(m: Model, parts: int, x: Array) -> Array:
+    """[T, ...] -> [parts, T / parts, ...]; each device's tasks are cut, and none moves."""
+    x = jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1)
+    if m.placement is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, m.placement.microbatches)
+
+
+def place_state(m: Model, optimizer: optax.GradientTransformation, params: Tree) -> Any:
+    """The shardings of a training state, from (the shapes of) the trained parameters."""
+    assert m.placement is not None
+    axes = model.logical_axes(m)
+    where = {k: m.placement.stored(axes[k], v) for k, v in params.items()}
+    opt_shapes = jax.eval_shape(optimizer.init, params)
+    return {
+        "params": where,
+        "opt_state": sharding.of_state(opt_shapes, params, where, m.placement),
+        "step": m.placement.whole,
+    }
+
+
+def start_state(optimizer: optax.GradientTransformation, trained: Tree, placed: Any) -> State:
+    """The state at step 0."""
+    return {
+        "params": sharding.put(trained, placed["params"]),
+        "opt_state": jax.jit(optimizer.init, out_shardings=placed["opt_state"])(trained),
+        "step": sharding.put(np.zeros((), np.int32), placed["step"]),
+    }
 
 
 def train(config: ConfigDict, folder: str | Path) -> dict[str, float]:
@@ -99,18 +151,17 @@ def train(config: ConfigDict, folder: str | Path) -> dict[str, float]:
     """
     folder = Path(folder)
     # ------------------------------------------------------------ model, data, optimizer, state
-    m, backbone, trained, frozen = model.start(config)
+    placement = sharding.make_placement(config.mesh)
+    sharding.check_batch(config.data.tasks_per_batch, config.train.microbatches, placement)
+    m, backbone, trained, frozen = model.start(config, placement)
     if not m.choice.trains:
         raise UserError(
             f"system={config.system} has nothing to train; evaluate it with "
             "`hyper-t5 evaluate`, or choose another system"
         )
     optimizer = optim.make_optimizer(config.optimizer, config.train.steps)
-    state: State = {
-        "params": trained,
-        "opt_state": jax.jit(optimizer.init)(trained),
-        "step": jnp.zeros((), jnp.int32),
-    }
+    placed = place_state(m, optimizer, trained)
+    state = start_state(optimizer, trained, placed)
     meta = model.meta_of(config, backbone)
     if checkpoint.latest_step(folder) is not None:
         state = _resume(folder, state, backbone, m)
@@ -126,7 +177,7 @@ def train(config: ConfigDict, folder: str | Path) -> dict[str, float]:
     sampler = data.make_sampler(config, backbone.vocab, m.choice.layout)
     if sampler.names:
         meta["tasks"] = _task_names(config, m, sampler)
-    step = make_step(m, optimizer, config)
+    step = make_step(m, optimizer, config, placed)
     key = jax.random.key(config.seed)
     rate = optim.schedule(config.optimizer, config.train.steps)
     progress = metrics.Progress(config.train.steps)
@@ -141,7 +192,7 @@ def train(config: ConfigDict, folder: str | Path) -> dict[str, float]:
         waiting: list[tuple[int, dict[str, Array]]] = []
         for index in range(first, config.train.steps):
             batch = next(batches)
-            state, sums = step(state, frozen, batch, key)
+            state, sums = step(state, frozen, sharding.put_batch(batch, placement), key)
             progress.count(data.examples_of(batch), data.real_tokens(batch))
             # Sums are fetched only when a line is due, so that the device never waits for the host.
             waiting.append((index + 1, sums))

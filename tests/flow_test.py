@@ -37,7 +37,7 @@ LAYERS = [
         "losses",
     ],
     ["adapters", "taskfile"],
-    ["prompts", "packing", "records"],
+    ["prompts", "packing", "records", "sharding"],
     ["t5", "text", "episodes"],
     ["judged"],
     ["hypermodels", "decoding", "names", "tasks"],

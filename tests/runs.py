@@ -96,6 +96,7 @@ def make_config(**fields: Any) -> ConfigDict:
         "data__examples_per_task": 2,
         "adapter__lora_rank": 2,
         "adapter__prefix_length": 3,
+        "mesh__data": 1,
         "train__steps": 4,
         "train__log_every": 2,
         "train__save_every": 2,
@@ -168,6 +169,7 @@ def get_config(arg=None):
     config = quickstart.get_config(arg)
     config.train.steps = config.train.log_every = config.train.save_every = 2
     config.data.tasks_per_batch = config.data.examples_per_task = 2
+    config.mesh.data = 1
     config.adapter.lora_targets = ("enc_self.value", "dec_cross.query", "dec_mlp.wo")
     config.eval.max_rows_per_task = config.eval.batch = 2
     return config

@@ -6,16 +6,19 @@ A system is one file here and one line in SYSTEMS.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from ml_collections import ConfigDict
 
 from hyper_t5.hypermodels import cached, fid_icl, hint, hyperdecoder, learned, text_to_lora
 from hyper_t5.hypermodels.hyper_t5 import hyper_lora, hyper_prefix
+from hyper_t5.sharding import put
 from hyper_t5.t5 import T5Config
 
 Tree = dict[str, Any]
@@ -68,21 +71,44 @@ SYSTEMS: dict[str, System] = {
 }
 
 
-def init_params(module: nn.Module, rng: jax.Array, backbone: Tree | None = None) -> Tree:
+def init_params(
+    module: nn.Module, rng: jax.Array, backbone: Tree | None = None, where: Tree | None = None
+) -> Tree:
     """Fresh parameters of a module's own; those that it says are copies start as the backbone's.
 
-    A module names its copies in ``sources``: {its subtree: the backbone's subtree}.
+    A module names its copies in ``sources``: {its subtree: the backbone's subtree}. ``where`` are
+    shardings; the numbers are the same whatever they are.
     """
-
-    def init(rng: jax.Array) -> Tree:
-        made = module.init(rng, jnp.ones((1, 4), jnp.int32), jnp.zeros(1, jnp.int32))
-        return {k: v for k, v in nn.unbox(made.get("params", {})).items() if k != BACKBONE}
-
-    params = jax.jit(init)(rng)
+    init = functools.partial(_init, module)
+    params = jax.jit(init, out_shardings=where)(rng)
     for mine, theirs in getattr(module, "sources", {}).items() if backbone else ():
         if mine in params:
-            params[mine] = _copy_where_named(params[mine], _at(backbone or {}, theirs))
+            params[mine] = _copy_where_named(params[mine], _at(backbone or {}, theirs), bool(where))
     return params
+
+
+def _init(module: nn.Module, rng: jax.Array, boxed: bool = False) -> Tree:
+    made = module.init(rng, jnp.ones((1, 4), jnp.int32), jnp.zeros(1, jnp.int32)).get("params", {})
+    made = {k: v for k, v in made.items() if k != BACKBONE}
+    return made if boxed else nn.unbox(made)
+
+
+def logical_axes(module: nn.Module) -> Tree:
+    """The logical axis names of a module's own parameters, `layers` first where stacked.
+
+    Raises:
+        TypeError: a parameter without names.
+    """
+
+    def names(path: Any, leaf: Any) -> tuple[str | None, ...]:
+        if not isinstance(leaf, nn.Partitioned):
+            raise TypeError(f"{jax.tree_util.keystr(path)} has no logical axes")
+        return leaf.names
+
+    boxed = jax.eval_shape(functools.partial(_init, module, boxed=True), jax.random.key(0))
+    return jax.tree_util.tree_map_with_path(
+        names, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned)
+    )
 
 
 def _at(tree: Tree, path: str) -> Tree:
@@ -91,14 +117,15 @@ def _at(tree: Tree, path: str) -> Tree:
     return tree
 
 
-def _copy_where_named(params: Tree, source: Tree) -> Tree:
+def _copy_where_named(params: Tree, source: Tree, placed: bool) -> Tree:
     """``params`` with every leaf that ``source`` has under the same path replaced by it."""
     copied = {}
     for key, value in params.items():
         if key not in source:
             copied[key] = value
         elif isinstance(value, dict):
-            copied[key] = _copy_where_named(value, source[key])
+            copied[key] = _copy_where_named(value, source[key], placed)
         else:
-            copied[key] = jnp.asarray(source[key], value.dtype)
+            host = np.asarray(source[key], value.dtype)
+            copied[key] = put(host, value.sharding) if placed else jnp.asarray(host)
     return copied

@@ -18,6 +18,33 @@ Array = jax.Array
 Tree = dict[str, Any]
 
 
+def dense(
+    features: int,
+    config: T5Config,
+    axes: tuple[str, str],
+    kernel_init: Any,
+    name: str,
+    bias_init: Any = nn.initializers.zeros,
+) -> nn.Dense:
+    """A dense layer with a bias, both with logical axes: those of the kernel, and its last."""
+    return nn.Dense(
+        features,
+        dtype=config.dtype,
+        kernel_init=nn.with_logical_partitioning(kernel_init, axes),
+        bias_init=nn.with_logical_partitioning(bias_init, axes[1:]),
+        name=name,
+    )
+
+
+def layer_norm(config: T5Config, name: str) -> nn.LayerNorm:
+    """A layer norm with mean and bias, both of its parameters whole on every device."""
+    one, zero = (
+        nn.with_logical_partitioning(init, ("embed",))
+        for init in (nn.initializers.ones, nn.initializers.zeros)
+    )
+    return nn.LayerNorm(dtype=config.dtype, scale_init=one, bias_init=zero, name=name)
+
+
 class Head(nn.Module):
     """RMSNorm -> Dense -> gelu -> Dense, the last one starting at ``start`` times fan-in scale.
 
@@ -32,15 +59,13 @@ class Head(nn.Module):
     def __call__(self, x: Array) -> Array:
         """[..., D] -> [..., features]."""
         width = x.shape[-1]
-        hidden = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("embed", "mlp"))
         last = nn.initializers.zeros_init()
         if self.start:
             last = nn.initializers.variance_scaling(self.start**2, "fan_in", "normal")
-        last = nn.with_logical_partitioning(last, ("mlp", "joined_kv"))
-        dtype = self.config.dtype
-        x = RMSNorm(dtype, name="norm")(x)
-        x = nn.gelu(nn.Dense(width, dtype=dtype, kernel_init=hidden, name="hidden")(x))
-        return nn.Dense(self.features, dtype=dtype, kernel_init=last, name="out")(x)
+        c, first = self.config, nn.initializers.lecun_normal()
+        x = RMSNorm(c.dtype, name="norm")(x)
+        x = nn.gelu(dense(width, c, ("embed", "mlp"), first, "hidden")(x))
+        return dense(self.features, c, ("mlp", "joined_kv"), last, "out")(x)
 
 
 class LoraHeads(nn.Module):

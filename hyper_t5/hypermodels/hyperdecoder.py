@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 
 from hyper_t5 import adapters as ad
 from hyper_t5.hypermodels import specs
+from hyper_t5.hypermodels.heads import dense
 from hyper_t5.hypermodels.learned import Learned
 from hyper_t5.hypermodels.readers import mean_pool
 from hyper_t5.overrides import choose
@@ -85,8 +86,7 @@ class Generator(nn.Module):
 def _dense(features: int, config: T5Config, scale: float, name: str) -> nn.Dense:
     """With uniform weights of variance ``scale / fan_in`` and a bias of zeros."""
     init = nn.initializers.variance_scaling(scale, "fan_in", "uniform")
-    init = nn.with_logical_partitioning(init, ("embed", "mlp"))
-    return nn.Dense(features, dtype=config.dtype, kernel_init=init, name=name)
+    return dense(features, config, ("embed", "mlp"), init, name)
 
 
 class Hyperdecoder(nn.Module):

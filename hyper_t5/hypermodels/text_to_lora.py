@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from hyper_t5 import adapters as ad
 from hyper_t5.hypermodels import specs
+from hyper_t5.hypermodels.heads import dense, layer_norm
 from hyper_t5.hypermodels.readers import mean_pool
 from hyper_t5.t5 import T5, T5Config
 
@@ -43,7 +44,7 @@ class TextToLora(nn.Module):
         assert lora
         encoded = T5(c, name="backbone").encode(ids, deterministic=deterministic)
         pooled = mean_pool(encoded, ids > 0)
-        text = nn.LayerNorm(dtype=c.dtype, name="norm")(_dense(TEXT, c, "text")(pooled))
+        text = layer_norm(c, "norm")(_dense(TEXT, c, "text")(pooled))
         mixer = [_dense(MIXER, c, "mixer_in"), _dense(2 * TEXT, c, "mixer_out")]
         block = [_dense(MIXER, c, "block_in"), _dense(2 * TEXT, c, "block_out")]
         last = _dense(WIDE, c, "last")
@@ -87,11 +88,10 @@ class TextToLora(nn.Module):
 
 
 def _dense(features: int, config: T5Config, name: str) -> nn.Dense:
-    init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("embed", "mlp"))
-    return nn.Dense(features, dtype=config.dtype, kernel_init=init, name=name)
+    return dense(features, config, ("embed", "mlp"), nn.initializers.lecun_normal(), name)
 
 
 def _head(features: int, config: T5Config, bias: Any, name: str) -> nn.Dense:
     """A linear head whose output starts as its bias."""
-    zero = nn.with_logical_partitioning(nn.initializers.zeros_init(), ("embed", "joined_kv"))
-    return nn.Dense(features, dtype=config.dtype, kernel_init=zero, bias_init=bias, name=name)
+    zero = nn.initializers.zeros_init()
+    return dense(features, config, ("embed", "joined_kv"), zero, name, bias)
