@@ -20,6 +20,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from orbax.checkpoint._src.serialization import serialization
 
 from hyper_t5 import checkpoint, optim
 from hyper_t5.errors import UserError
@@ -95,18 +96,19 @@ def test_resume_at_every_step_equals_the_unbroken_run(tmp_path: Path, make: Any)
 
 def test_the_state_of_the_call_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The caller goes on at once, and may overwrite the buffers it saved."""
-    write, go_on = checkpoint._write_arrays, threading.Event()
+    write, go_on = serialization.async_serialize_from_host, threading.Event()
 
-    def late(*args: Any) -> None:
+    async def late(*args: Any, **kwargs: Any) -> None:
         assert go_on.wait(30)
-        write(*args)
+        await write(*args, **kwargs)
 
-    monkeypatch.setattr(checkpoint, "_write_arrays", late)
+    monkeypatch.setattr(serialization, "async_serialize_from_host", late)
     state: dict[str, Any] = {"params": np.ones(4, np.float32), "on_device": jnp.ones(4)}
     with checkpoint.Checkpointer(tmp_path) as checkpointer:
         checkpointer.save(1, state, META)
         state["params"][:] = 5
-        jax.jit(lambda x: x + 1, donate_argnums=0)(state["on_device"])
+        after = jax.jit(lambda x: x + 1, donate_argnums=0)(state.pop("on_device"))
+        assert jax.jit(lambda x: x * 7, donate_argnums=0)(after).tolist() == [14] * 4
         assert checkpoint.latest_step(tmp_path) is None
         go_on.set()
     restored, _ = checkpoint.load_subtree(tmp_path, "params")
@@ -251,14 +253,13 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     old, new = make_state(1), make_state(2)
     checkpoint.save(tmp_path, 1, old, META)
 
-    def full(folder: Path, arrays: Any) -> None:
-        folder.mkdir()
+    def full(orbax: Any, folder: Path, arrays: Any) -> None:
         (folder / "half").write_bytes(b"x")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     checkpointer = checkpoint.Checkpointer(tmp_path, keep=1)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_write_arrays", full)
+        patch.setattr(checkpoint, "_start_writing", full)
         checkpointer.save(2, new, META)
         with pytest.raises(UserError, match=r"checkpoints/2: .*No space left.*make room"):
             poll_on(checkpointer)
