@@ -31,6 +31,7 @@ LAYERS = [
         "vocab",
         "optim",
         "metrics",
+        "guard",
         "scores",
         "checkpoint",
         "plots",
