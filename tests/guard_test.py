@@ -109,6 +109,8 @@ def test_a_loss_that_has_risen_for_good_is_let_through() -> None:
     assert 2 < len(refused) < 60
     assert refused == list(range(guard.WARM + 1, guard.WARM + 1 + len(refused)))
     assert state["skipped"] == len(refused)
+    # One alone, however high, hardly moves the mean.
+    assert run([*[2.0] * guard.WARM, 1e6], "skip", 3.0)[1]["mean"] < 2.2
 
 
 def test_a_batch_of_padding_says_nothing() -> None:
