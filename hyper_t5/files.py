@@ -138,12 +138,12 @@ def as_bytes(array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_json(file: str | os.PathLike[str]) -> dict[str, Any]:
     """The JSON object in `file`; UserError naming the file and line when it is not one."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(read_bytes(as_path(file)).decode("utf-8"))
     except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})") from error
+        raise UserError(f"{file}: cannot be read ({error.strerror or error})") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: is not a text file") from error
     except json.JSONDecodeError as error:
@@ -154,7 +154,12 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def check_writable(file: Path) -> None:
-    """UserError where `file` could not be written; for before long work. Makes its folder."""
+    """UserError where `file` could not be written; for before long work. Makes its folder.
+
+    Of a bucket nothing is known before it is written to.
+    """
+    if not is_local(as_path(file)):
+        return
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -165,31 +170,35 @@ def check_writable(file: Path) -> None:
         raise UserError(f"cannot write {file}: no right to write in its folder")
 
 
-def write_json(file: Path, content: Mapping[str, Any]) -> None:
+def write_json(file: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
     """Writes `content` with one field a line and a newline at the end; see `write_text`."""
     write_text(file, json.dumps(content, indent=1) + "\n")
 
 
-def write_json_lines(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+def write_json_lines(file: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]) -> None:
     """Writes one JSON object a line; see `write_text`."""
     write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def write_text(file: Path, text: str) -> None:
+def write_text(file: str | os.PathLike[str], text: str) -> None:
     """Writes under another name and moves it there; makes the folder.
 
     Raises:
       UserError: it cannot be written (no space, no right to); an earlier file is as it was.
     """
-    new = file.with_name(f".{file.name}.{os.getpid()}")
+    path = as_path(file)
+    new = path.with_name(f".{path.name}.{os.getpid()}") if is_local(path) else path
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        new.write_text(text, encoding="utf-8")
-        new.replace(file)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            new.unlink()
-        raise UserError(f"cannot write {file}: {error.strerror}") from error
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(new, text.encode("utf-8"))
+        if new != path:
+            new.replace(path)
+    except Exception as error:
+        if new != path:
+            with contextlib.suppress(OSError):
+                new.unlink()
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write {file}: {reason}") from error
 
 
 @contextlib.contextmanager
