@@ -32,6 +32,7 @@ LAYERS = [
         "optim",
         "metrics",
         "guard",
+        "watch",
         "scores",
         "checkpoint",
         "plots",
