@@ -259,6 +259,13 @@ def parameters_per_task(adapters: Adapters) -> int:
     return sum(int(np.prod(x.shape)) // x.shape[1] for x in numbers)
 
 
+def norms(adapters: Adapters) -> jax.Array:
+    """The L2 norm of all numbers that describe each task: float32 [T]."""
+    numbers = [x for x in jax.tree.leaves(adapters.tree) if x.dtype != bool]
+    squares = (jnp.square(jnp.moveaxis(x, 1, 0).astype(jnp.float32)) for x in numbers)
+    return jnp.sqrt(sum((x.reshape(len(x), -1).sum(-1) for x in squares), jnp.zeros(())))
+
+
 def check(adapters: Adapters, dims: Dims, where: str) -> None:
     """UserError naming the first tensor whose name or shape does not fit this backbone."""
     found = {k: tuple(v.shape) for k, v in _flatten(adapters.tree).items()}

@@ -1,23 +1,27 @@
 """The command line: ``hyper-t5 COMMAND`` is ``python -m hyper_t5 COMMAND``.
 
 A command imports what it needs when it runs, so that ``--help`` and a mistyped flag are answered
-at once. Exit codes: 0 done, 1 the run failed (a loss that is no number), 2 a mistake in what the
-user gave, 130 interrupted; one line on stderr and no traceback for each of these.
+at once. Exit codes: 0 done, 1 the run failed (a loss that is no number, a host that is gone), 2 a
+mistake in what the user gave, 75 preempted and saved (start it again to go on), 130 interrupted;
+one line on stderr and no traceback for each of these.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+import traceback
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from hyper_t5 import __version__
-from hyper_t5.errors import UserError
+from hyper_t5.errors import PreemptedError, UserError
 
 GIN = "--gin."
 
@@ -29,18 +33,48 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = _parse(list(sys.argv[1:] if argv is None else argv))
         COMMANDS[args.command].run(args)
-    except UserError as e:
-        return _fail(2, str(e))
-    except FloatingPointError as e:
-        return _fail(1, str(e))
-    except KeyboardInterrupt:
-        return _fail(130, "interrupted")
+    except tuple(EXIT_CODES) as e:
+        return _fail(e)
     return 0
 
 
-def _fail(code: int, message: str) -> int:
-    print("hyper-t5: error:", " ".join(message.split()), file=sys.stderr)
-    return code
+EXIT_CODES: dict[type[BaseException], int] = {
+    UserError: 2,
+    FloatingPointError: 1,
+    PreemptedError: 75,
+    KeyboardInterrupt: 130,
+}
+
+
+def _fail(error: BaseException) -> int:
+    message = " ".join(str(error).split()) or "interrupted"
+    print("hyper-t5: error:", message, file=sys.stderr, flush=True)
+    return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
+
+
+@contextlib.contextmanager
+def _as_one_process_of_a_run(args: argparse.Namespace) -> Iterator[None]:
+    """Join the other hosts, if there are any; what ends this process here ends them too."""
+    from hyper_t5 import distributed
+
+    distributed.initialize(
+        args.coordinator_address,
+        args.process_count,
+        args.process_index,
+        timeout=args.initialization_timeout,
+        heartbeat=args.heartbeat_timeout,
+    )
+    try:
+        with distributed.catch_sigterm():
+            yield
+    except BaseException as error:
+        if distributed.count() > 1:
+            if not isinstance(error, tuple(EXIT_CODES)):
+                traceback.print_exc()
+                distributed.leave(1, repr(error))
+            distributed.leave(_fail(error), str(error))
+        raise
+    distributed.finish()
 
 
 # ------------------------------------------------------------------------------ what each one runs
@@ -48,19 +82,26 @@ def _fail(code: int, message: str) -> int:
 
 def _train(args: argparse.Namespace) -> None:
     from hyper_t5 import config as config_lib
-    from hyper_t5 import workdir
+    from hyper_t5 import distributed, workdir
 
     config = config_lib.load(args.config, args.gin, args.gin_file)
     config_lib.validate(config)
-    with workdir.hold(args.workdir):
-        for change in workdir.check_resume(args.workdir, config):
-            print(f"resume with {change}", flush=True)
-        from hyper_t5 import train
+    with _as_one_process_of_a_run(args):
+        distributed.check_same("the config", zlib.crc32(config_lib.to_json(config).encode()))
+        with workdir.hold(args.workdir):
+            for change in workdir.check_resume(args.workdir, config):
+                distributed.say(f"resume with {change}")
+            from hyper_t5 import train
 
-        train.train(config, args.workdir)
+            train.train(config, args.workdir)
 
 
 def _evaluate(args: argparse.Namespace) -> None:
+    with _as_one_process_of_a_run(args):
+        _evaluate_here(args)
+
+
+def _evaluate_here(args: argparse.Namespace) -> None:
     from hyper_t5 import config as config_lib
     from hyper_t5 import evaluate, workdir
     from hyper_t5.overrides import Override, read_overrides
@@ -173,6 +214,12 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _index(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number of 0 or more, got {text!r}")
+    return int(text)
+
+
 def _number(name: str, default: int, help: str) -> Flag:
     help += f" (default: {default})"
     return name, {"type": _positive, "default": default, "metavar": "N", "help": help}
@@ -198,6 +245,30 @@ _GIN_FILE: Flag = (
         "--gin.path.to.field=value, which comes after all files",
     },
 )
+
+
+# Named as T5X and JAX name them. A TPU VM and SLURM say these themselves.
+_HOSTS: list[Flag] = [
+    (
+        "--coordinator_address",
+        {
+            "default": "",
+            "metavar": "HOST:PORT",
+            "help": "several hosts as one run: where process 0 is (a TPU pod and SLURM say it; or "
+            "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID do)",
+        },
+    ),
+    (
+        "--process_count",
+        {"type": _positive, "default": 0, "metavar": "N", "help": "how many processes there are"},
+    ),
+    (
+        "--process_index",
+        {"type": _index, "default": -1, "metavar": "I", "help": "which of them this is, from 0"},
+    ),
+    _number("--initialization_timeout", 300, "seconds to wait for all processes"),
+    _number("--heartbeat_timeout", 30, "seconds of silence after which a host counts as gone"),
+]
 
 
 _DATA_CONFIG: Flag = (
@@ -269,6 +340,7 @@ COMMANDS = {
                 },
             ),
             _WORKDIR,
+            *_HOSTS,
             _GIN_FILE,
         ],
     ),
@@ -298,6 +370,7 @@ COMMANDS = {
                     "help": "another run's folder to put beside it; may be repeated",
                 },
             ),
+            *_HOSTS,
             _GIN_FILE,
         ],
     ),

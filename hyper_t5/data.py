@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import itertools
 import queue
 import threading
 from collections import Counter
@@ -248,16 +249,14 @@ def make_sampler(config: Any, vocab: Vocabulary, layout: str = "apart") -> Sampl
     return EpisodeSampler(tasks, vocab, config.data, config.seed, layout)
 
 
-def train_batches(sampler: Sampler, start_step: int = 0, ahead: int = 2) -> Iterator[Batch]:
-    """Batches start_step, start_step + 1, ... without end, made `ahead` of their use."""
+def train_batches(
+    sampler: Sampler, start_step: int = 0, share: tuple[int, int] = (0, 1), ahead: int = 2
+) -> Iterator[Batch]:
+    """Batches start_step, start_step + 1, ... without end, made `ahead` of their use.
 
-    def endless() -> Iterator[Batch]:
-        step = start_step
-        while True:
-            yield sampler.batch(step)
-            step += 1
-
-    return prefetch(endless(), ahead)
+    Of each only this (share, of shares), as `Sampler.batch` takes them.
+    """
+    return prefetch((sampler.batch(step, *share) for step in itertools.count(start_step)), ahead)
 
 
 def prefetch(items: Iterator[Any], ahead: int = 2) -> Iterator[Any]:

@@ -13,11 +13,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from hyper_t5 import cost, data, files, model, plots
+from hyper_t5 import cost, data, distributed, files, model, plots, sharding
 from hyper_t5.errors import UserError
 from hyper_t5.judged import EvalTask
 from hyper_t5.scores import METRICS, Scores, mean_scores, rouge_scorer, score
@@ -34,24 +33,27 @@ def predict_task(
 
     ``number`` is the task's own (see ``model.task_number``).
     """
-    size, adapters = config.eval.batch, None
-    numbers = jnp.full(size, number, jnp.int32)
+    parts = m.placement.parts if m.placement else 1
+    size, adapters = -(-config.eval.batch // parts) * parts, None
+    numbers = np.full(size, number, np.int32)
     if m.choice.reads == "task":
-        adapters = model.generate(m, params, jnp.asarray(task.hyper_ids)[None], numbers[:1])
+        adapters = model.generate(m, params, np.asarray(task.hyper_ids)[None], numbers[:1])
     for first in range(0, len(task.inputs), size):
         rows = task.inputs[first : first + size]
         padded = np.zeros((size, rows.shape[1]), np.int32)
         padded[: len(rows)] = rows
+        batch: Any = (padded, numbers)
+        if m.placement:  # every process has all rows, and its devices decode their part
+            batch = sharding.put(batch, (m.placement.batch,) * 2)
         ids = model.respond(
             m,
             params,
             adapters,
-            jnp.asarray(padded),
-            numbers,
+            *batch,
             steps=config.eval.max_decode_length,
             beam_size=config.eval.beam_size,
         )
-        yield from np.asarray(ids)[: len(rows)]
+        yield from sharding.fetch(ids)[: len(rows)]
 
 
 def evaluate(
@@ -70,7 +72,7 @@ def evaluate(
     for split, mixture in data.splits_of(config).items():
         tasks = data.load_judged(config, mixture, split, backbone.vocab)
         episodes = data.eval_episodes(tasks, backbone.vocab, config, m.choice.layout)
-        print(f"evaluate {split}: {_amounts(episodes)}", flush=True)
+        distributed.say(f"evaluate {split}: {_amounts(episodes)}")
         per_task: dict[str, Any] = {}
         own_metrics, own = data.extra_metrics(mixture), []
         began = time.monotonic()
@@ -111,8 +113,8 @@ def evaluate(
             }
             if number % 20 == 0 or number == len(episodes):
                 left = (time.monotonic() - began) / number * (len(episodes) - number)
-                print(
-                    f"evaluate {split}: task {number}/{len(episodes)}  ETA {left:.0f} s", flush=True
+                distributed.say(
+                    f"evaluate {split}: task {number}/{len(episodes)}  ETA {left:.0f} s"
                 )
         overall = mean_scores([r for r in predictions if r["split"] == split])
         overall |= _mean_over_tasks(own)
@@ -159,7 +161,7 @@ def evaluate_workdir(
     and table.
     """
     others = [read_report(path) for path in compare]  # a mistake is told before the long work
-    config, m, backbone, params = model.load_run(workdir, overrides)
+    config, m, backbone, params = model.load_run(workdir, overrides, on_mesh=True)
     out = Path(out) if out else Path(workdir) / "eval" / str(model.step_of(workdir))
     costs = {
         "trained_parameters": model.trained_parameters(m, params),
@@ -168,6 +170,8 @@ def evaluate_workdir(
     }
     began = time.monotonic()
     report, predictions = evaluate(config, m, backbone, params, model.tasks_of(workdir))
+    if not distributed.is_first():
+        return report
     seconds = {"train": cost.training_seconds(workdir), "evaluate": time.monotonic() - began}
     report |= {"workdir": str(workdir), "shots": config.eval.shots, **costs, "seconds": seconds}
     files.write_json_lines(out / "predictions.jsonl", predictions)

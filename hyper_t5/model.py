@@ -24,6 +24,7 @@ from hyper_t5.config import t5_config
 from hyper_t5.decoding import decode
 from hyper_t5.errors import UserError
 from hyper_t5.hypermodels import BACKBONE, HYPERMODEL, SYSTEMS, System
+from hyper_t5.overrides import read_overrides
 from hyper_t5.sharding import Placement
 from hyper_t5.vocab import Vocabulary, load_vocab
 
@@ -72,9 +73,16 @@ class Model:
         return self.placement.adapters(made) if self.placement else made
 
     def logits(self, params: Tree, batch: Tree, rng: Array | None = None) -> Array:
-        """Teacher-forced float32 logits [T*G, Lt, V]; the hypermodel runs once a task.
+        """Teacher-forced float32 logits [T*G, Lt, V]; see ``forward``."""
+        return self.forward(params, batch, rng)[0]
 
-        ``batch`` is as ``episodes.EpisodeSampler`` makes it, packed or not.
+    def forward(
+        self, params: Tree, batch: Tree, rng: Array | None = None
+    ) -> tuple[Array, Adapters | None]:
+        """(teacher-forced float32 logits [T*G, Lt, V], the adapters that were emitted for them).
+
+        The hypermodel runs once a task. ``batch`` is as ``episodes.EpisodeSampler`` makes it,
+        packed or not.
 
         Where it reads the inputs it runs once a row, and leaves the backbone nothing to encode.
         """
@@ -85,15 +93,17 @@ class Model:
         if self.choice.reads == "input":
             ids, tasks = rows["inputs"], jnp.repeat(tasks, len(rows["inputs"]) // len(tasks))
             rows["inputs"] = ids[:, :0]
-        return t5.T5(self.sizes).apply(
+        emitted = self.adapters(params, ids, tasks, keys[0])
+        logits = t5.T5(self.sizes).apply(
             {"params": params[BACKBONE]},
             rows.pop("inputs"),
             rows.pop("targets"),
-            self.adapters(params, ids, tasks, keys[0]),
+            emitted,
             **rows,  # segments and positions of packed ones
             deterministic=rng is None,
             rngs=None if rng is None else {"dropout": keys[1]},
         )
+        return logits, emitted
 
 
 def logical_axes(m: Model) -> Tree:
@@ -328,7 +338,7 @@ def load_run(
         backbone = _trained_backbone(Path(folder), config)
     else:
         backbone = load_backbone(config.backbone.path, config, config.backbone.dtype)
-    placement = sharding.make_placement(config.mesh) if on_mesh else None
+    placement = _placement_to_use(config, overrides) if on_mesh else None
     model = build(config, backbone.sizes, placement)
     params = {BACKBONE: backbone.params}
     if HYPERMODEL in trains and model.hypermodel is not None:
@@ -337,6 +347,19 @@ def load_run(
     axes = logical_axes(model) if placement else {}
     where = {k: placement.computed(axes[k], v) for k, v in params.items()} if placement else None
     return config, model, backbone, _put(params, where)
+
+
+def _placement_to_use(config: ConfigDict, overrides: Any) -> Placement:
+    """Of a run that may have been trained on other machines than these."""
+    given = any(o.field.startswith("mesh.") for o in read_overrides(overrides))
+    try:
+        return sharding.make_placement(config.mesh)
+    except UserError:
+        if given:
+            raise
+    mesh = config.mesh.copy_and_resolve_references()
+    mesh.update(slices=1, data=-1, model=1)
+    return sharding.make_placement(mesh)
 
 
 def _trained_backbone(folder: Path, config: ConfigDict) -> Backbone:

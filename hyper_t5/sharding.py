@@ -163,7 +163,7 @@ def make_mesh(mesh_config: Any, devices: Sequence[jax.Device] | None = None) -> 
     if -1 in sizes and known > 0 and len(devices) % known == 0:
         sizes[sizes.index(-1)] = len(devices) // known
     elif min(sizes) > 0 and known < len(devices) and jax.process_count() == 1:
-        print(f"mesh: {known} of {len(devices)} devices are used")
+        print(f"mesh: {known} of {len(devices)} devices are used", flush=True)
         devices = devices[:known]
     if int(np.prod(sizes)) != len(devices) or min(sizes) < 1:
         raise UserError(
@@ -193,6 +193,14 @@ def _arrange(devices: list[jax.Device], sizes: Sequence[int]) -> np.ndarray:
     # A host makes one run of a batch's parts, so those that it has a hand in must be neighbours.
     order = np.argsort([min(d.process_index for d in row) for row in found[0]], kind="stable")
     return found[:, order]
+
+
+def describe(placement: Placement) -> str:
+    """`8 devices: data 4 x model 2`."""
+    shape = placement.mesh.shape
+    cut = " x ".join(f"{axis} {size}" for axis, size in shape.items() if size > 1)
+    count = placement.mesh.size
+    return f"{count} device{'s' if count > 1 else ''}{': ' if cut else ''}{cut}"
 
 
 def share_of(placement: Placement, process: int | None = None) -> tuple[int, int]:
@@ -262,6 +270,8 @@ def put(tree: Tree, shardings: Tree) -> Tree:
     """Host arrays, which every process has whole, on the devices; each takes what it needs."""
 
     def leaf(x: Any, where: NamedSharding) -> jax.Array:
+        if isinstance(x, jax.Array) and x.sharding == where:
+            return x
         if isinstance(x, jax.Array) and x.is_fully_addressable and where.is_fully_addressable:
             return jax.device_put(x, where)
         if isinstance(x, jax.Array) and not x.is_fully_addressable:

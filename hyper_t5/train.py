@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from etils import epath
 from ml_collections import ConfigDict
 
-from hyper_t5 import checkpoint, data, losses, metrics, model, names, optim, sharding, weights
-from hyper_t5.errors import UserError
+from hyper_t5 import (
+    adapters,
+    checkpoint,
+    data,
+    distributed,
+    guard,
+    losses,
+    metrics,
+    model,
+    names,
+    optim,
+    sharding,
+    weights,
+)
+from hyper_t5.errors import PreemptedError, UserError
 from hyper_t5.hypermodels import BACKBONE
 from hyper_t5.model import Model, Tree
 
 Array = jax.Array
-State = dict[str, Any]  # {"params", "opt_state", "step"}: all that a checkpoint holds
+State = dict[str, Any]  # {"params", "opt_state", "step", "guard"}: all that a checkpoint holds
 
 
 def loss_sums(
@@ -36,11 +51,18 @@ def loss_sums(
     z_loss: float = 1e-4,
     label_smoothing: float = 0.0,
 ) -> tuple[Array, dict[str, Array]]:
-    """(summed loss, sums and counts) of a batch; see ``losses.token_loss``."""
-    logits = m.logits({**frozen, **trained}, batch, rng)
+    """(summed loss, sums and counts) of a batch; see ``losses.token_loss``.
+
+    Beside those: ``emitted``, for how many tasks there are adapters (or rows, where each row's
+    are its own), and ``adapter_norm``, the sum of their norms.
+    """
+    logits, emitted = m.forward({**frozen, **trained}, batch, rng)
     rows = {k: v.reshape(-1, v.shape[-1]) for k, v in batch.items() if k.startswith("target")}
     targets, segments = rows["targets"], rows.get("target_segments")
     sums = losses.token_loss(logits, targets, targets > 0, z_loss, label_smoothing, segments)
+    if emitted is not None:
+        norms = jax.lax.stop_gradient(adapters.norms(emitted))
+        sums |= {"adapter_norm": jnp.sum(norms), "emitted": jnp.float32(emitted.num_tasks)}
     return sums["loss"], sums
 
 
@@ -76,7 +98,7 @@ def make_step(
         return grads, sums
 
     def step(state: State, frozen: Tree, batch: Tree, key: Array) -> tuple[State, Tree]:
-        rng = jax.random.fold_in(key, state["step"])
+        rng, number = jax.random.fold_in(key, state["step"]), state["step"] + 1
         params = _gathered(m, state["params"])
         if parts == 1:
             grads, sums = gradient(params, frozen, batch, rng)
@@ -94,12 +116,22 @@ def make_step(
             (grads, sums), _ = jax.lax.scan(add, zero, (split, rngs))
         # Gradients of the sum; the mean is taken once, over the tokens of the whole batch.
         grads = jax.tree.map(lambda g: g / jnp.maximum(sums["tokens"], 1.0), grads)
-        updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
-        params = optax.apply_updates(state["params"], updates)
         sums["grad_norm"] = optax.tree.norm(grads)
-        return {"params": params, "opt_state": opt_state, "step": state["step"] + 1}, sums
+        good, seen = guard.guard(
+            config, state["guard"], sums["loss"], sums["tokens"], sums["grad_norm"], number
+        )
+        updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
+        made = {"params": optax.apply_updates(state["params"], updates), "opt_state": opt_state}
+        # A bad step leaves everything as it was, at no cost: the choice is part of the update.
+        kept = {
+            k: jax.tree.map(functools.partial(jnp.where, good), made[k], state[k]) for k in made
+        }
+        # Held for good, so that the host finds the state from before the bad step.
+        held = ~good & (config.train.on_bad_step == "stop")
+        sums |= {"bad_step": seen["bad_step"], "skipped": seen["skipped"]}
+        return {**kept, "step": jnp.where(held, state["step"], number), "guard": seen}, sums
 
-    if placed is None or m.placement is None:
+    if m.placement is None:
         return jax.jit(step, donate_argnums=0)
     return jax.jit(step, donate_argnums=0, out_shardings=(placed, m.placement.whole))
 
@@ -123,33 +155,41 @@ def _split(m: Model, parts: int, x: Array) -> Array:
 
 def place_state(m: Model, optimizer: optax.GradientTransformation, params: Tree) -> Any:
     """The shardings of a training state, from (the shapes of) the trained parameters."""
-    assert m.placement is not None
+    placement = m.placement
+    assert placement is not None
     axes = model.logical_axes(m)
-    where = {k: m.placement.stored(axes[k], v) for k, v in params.items()}
+    where = {k: placement.stored(axes[k], v) for k, v in params.items()}
     opt_shapes = jax.eval_shape(optimizer.init, params)
     return {
         "params": where,
-        "opt_state": sharding.of_state(opt_shapes, params, where, m.placement),
-        "step": m.placement.whole,
+        "opt_state": sharding.of_state(opt_shapes, params, where, placement),
+        "step": placement.whole,
+        "guard": jax.tree.map(lambda _: placement.whole, jax.eval_shape(guard.start)),
     }
 
 
-def start_state(optimizer: optax.GradientTransformation, trained: Tree, placed: Any) -> State:
-    """The state at step 0."""
-    return {
-        "params": sharding.put(trained, placed["params"]),
-        "opt_state": jax.jit(optimizer.init, out_shardings=placed["opt_state"])(trained),
-        "step": sharding.put(np.zeros((), np.int32), placed["step"]),
+def start_state(
+    optimizer: optax.GradientTransformation, trained: Tree, placed: Any = None
+) -> State:
+    """The state at step 0; ``placed`` as from ``place_state``, None on one device."""
+    init = jax.jit(optimizer.init, out_shardings=placed and placed["opt_state"])
+    state: State = {
+        "params": trained,
+        "opt_state": init(trained),
+        "step": jnp.zeros((), jnp.int32),
+        "guard": guard.start(),
     }
+    return sharding.put(state, placed) if placed else state
 
 
 def train(config: ConfigDict, folder: str | Path) -> dict[str, float]:
     """Run one stage to ``train.steps``, resuming from the workdir's newest checkpoint.
 
-    Returns the last metrics. Raises UserError for what the user can mend, FloatingPointError when
-    the loss is no longer finite (nothing non-finite is saved).
+    Every process of a run calls it. Returns the last metrics. Raises UserError for what the user
+    can mend, FloatingPointError when the loss is no longer finite (nothing non-finite is saved),
+    PreemptedError when the machine is taken away and the run is saved.
     """
-    folder = Path(folder)
+    folder = epath.Path(folder)
     # ------------------------------------------------------------ model, data, optimizer, state
     placement = sharding.make_placement(config.mesh)
     sharding.check_batch(config.data.tasks_per_batch, config.train.microbatches, placement)
@@ -166,10 +206,10 @@ def train(config: ConfigDict, folder: str | Path) -> dict[str, float]:
     if checkpoint.latest_step(folder) is not None:
         state = _resume(folder, state, backbone, m)
     first = int(state["step"])
-    print(
+    distributed.say(
         f"{config.stage}: system {config.system}, trains {model.count(trained):,} parameters, "
-        f"{model.count(frozen):,} are frozen; steps {first} to {config.train.steps}",
-        flush=True,
+        f"{model.count(frozen):,} are frozen; steps {first} to {config.train.steps} on "
+        f"{sharding.describe(placement)}"
     )
     if first >= config.train.steps:
         _keep_backbone(folder, m, backbone, state["params"])
@@ -184,35 +224,43 @@ def train(config: ConfigDict, folder: str | Path) -> dict[str, float]:
     started, last = time.monotonic(), {}
 
     # --------------------------------------------------------------------------------- the loop
-    batches = data.train_batches(sampler, first)
+    share = sharding.share_of(placement)
+    batches = data.train_batches(sampler, first, share)
     with (
-        metrics.Writer(folder, first) as writer,
-        checkpoint.Checkpointer(folder, config.train.keep) as saver,
+        metrics.Writer(folder, first) if distributed.is_first() else nullcontext() as writer,
+        checkpoint.Checkpointer(folder, config.train.keep, config.train.keep_period) as saver,
     ):
         waiting: list[tuple[int, dict[str, Array]]] = []
         for index in range(first, config.train.steps):
             batch = next(batches)
             state, sums = step(state, frozen, sharding.put_batch(batch, placement), key)
-            progress.count(data.examples_of(batch), data.real_tokens(batch))
+            # The other shares are taken to hold as much as this process's own.
+            progress.count(data.examples_of(batch) * share[1], data.real_tokens(batch) * share[1])
             # Sums are fetched only when a line is due, so that the device never waits for the host.
             waiting.append((index + 1, sums))
-            done = index + 1 == config.train.steps
-            save = done or (index + 1) % config.train.save_every == 0
+            taken = distributed.preempted(index + 1)
+            save = taken or index + 1 == config.train.steps
+            save = save or (index + 1) % config.train.save_every == 0
             if save or (index + 1) % config.train.log_every == 0:
                 fetched = [(number, jax.device_get(made)) for number, made in waiting]
                 last, waiting = _mean_of([made for _, made in fetched]), []
-                line = {k: last[k] for k in ("loss", "accuracy", "exact")}
-                last |= progress.report(index + 1, line)
-                last |= {"learning_rate": float(rate(index)), "seconds": time.monotonic() - started}
-                # A copy: the thread that makes batches counts in it.
-                stats = dict(sampler.stats)
-                writer.write(index + 1, last | {f"data/{k}": v for k, v in stats.items()})
+                if writer is not None:
+                    line = {k: last[k] for k in ("loss", "accuracy", "exact")}
+                    last |= progress.report(index + 1, line)
+                    last |= {"learning_rate": float(rate(index))}
+                    last |= {"seconds": time.monotonic() - started}
+                    # A copy: the thread that makes batches counts in it.
+                    stats = {f"data/{k}": v for k, v in dict(sampler.stats).items()}
+                    writer.write(index + 1, last | stats)
                 _check_finite(fetched)
             saver.poll()
             if save:
                 if not _is_finite(state):
                     raise _not_finite("a parameter or a moment is not finite", index + 1)
                 saver.save(index + 1, state, meta)
+            if taken:
+                saver.wait()
+                raise PreemptedError(f"preempted; saved at step {index + 1} in {folder}")
     _keep_backbone(folder, m, backbone, state["params"])
     return last
 
@@ -227,6 +275,10 @@ def _mean_of(sums: list[dict[str, Any]]) -> dict[str, float]:
         "accuracy": total["correct"] / tokens,
         "exact": total["exact"] / rows,
         "grad_norm": total["grad_norm"] / len(sums),
+        "skipped": float(sums[-1]["skipped"]),
+        **(
+            {"adapter_norm": total["adapter_norm"] / total["emitted"]} if "emitted" in total else {}
+        ),
     }
 
 
@@ -262,7 +314,7 @@ def _task_names(config: ConfigDict, m: Model, sampler: data.Sampler) -> list[str
     return list(sampler.names)
 
 
-def _resume(folder: Path, state: State, backbone: model.Backbone, m: Model) -> State:
+def _resume(folder: epath.Path, state: State, backbone: model.Backbone, m: Model) -> State:
     meta = checkpoint.read_meta(folder)
     digest = names.digest(backbone.params) if BACKBONE not in m.choice.trains else None
     weights.check_compatible(
@@ -276,8 +328,11 @@ def _resume(folder: Path, state: State, backbone: model.Backbone, m: Model) -> S
     return state
 
 
-def _keep_backbone(folder: Path, m: Model, backbone: model.Backbone, trained: Tree) -> None:
+def _keep_backbone(folder: epath.Path, m: Model, backbone: model.Backbone, trained: Tree) -> None:
     """A run that trained a backbone leaves it as a folder that ``backbone.path`` can name."""
     if BACKBONE in m.choice.trains:
-        params = jax.tree.map(np.asarray, trained["backbone"])
-        weights.save_native(folder / model.BACKBONE_FOLDER, backbone.sizes, params, backbone.vocab)
+        params = sharding.fetch(trained[BACKBONE])
+        if distributed.is_first():
+            where = folder / model.BACKBONE_FOLDER
+            weights.save_native(where, backbone.sizes, params, backbone.vocab)
+        distributed.barrier("backbone")

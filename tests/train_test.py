@@ -137,7 +137,10 @@ def test_frozen_weights_are_nowhere(make: Any, backbone: Path, tmp_path: Path) -
     # As Orbax finds it on the disk, whatever our own record says.
     folder = tmp_path / "checkpoints" / "2" / "state"
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
-        state = traverse_util.flatten_dict(orbax.restore(folder.absolute()), sep="/")
+        found = orbax.metadata(folder.absolute()).item_metadata.tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), found)
+        tree = orbax.restore(folder.absolute(), restore_args=as_numpy)
+        state = traverse_util.flatten_dict(tree, sep="/")
     assert set(state) == set(runs.leaves(tmp_path, 2))
     assert not [name for name in state if "backbone" in name]
     frozen = weights.load_backbone(backbone)[1]
@@ -184,7 +187,7 @@ def test_microbatches_equal_the_whole_batch(make: Any) -> None:
         config = make(train__microbatches=parts, data__tasks_per_batch=4)
         m, _, trained, frozen = model.start(config)
         optimizer = optax.sgd(1.0)  # the change of the parameters is the gradient
-        state = {"params": trained, "opt_state": optimizer.init(trained), "step": 0}
+        state = train.start_state(optimizer, trained)
         before = jax.tree.map(np.array, trained)
         state, sums = train.make_step(m, optimizer, config)(state, frozen, batch, jax.random.key(0))
         change = jax.tree.map(lambda a, b: np.asarray(a) - b, state["params"], before)
@@ -204,7 +207,7 @@ def test_padding_alone_has_loss_zero(make: Any) -> None:
     m, _, trained, frozen = model.start(config)
     batch = random_batch(np.random.default_rng(0))
     batch["targets"][:] = 0
-    state = {"params": trained, "opt_state": optax.sgd(1.0).init(trained), "step": 0}
+    state = train.start_state(optax.sgd(1.0), trained)
     before = jax.tree.map(np.array, trained)
     state, sums = train.make_step(m, optax.sgd(1.0), config)(
         state, frozen, batch, jax.random.key(0)

@@ -90,11 +90,7 @@ class TrainingStep:
         self.trained = model.count(trained)
         self.batch = jax.tree.map(jnp.asarray, batch)
         self._key = jax.random.key(0)
-        self._state = {
-            "params": trained,
-            "opt_state": jax.jit(optimizer.init)(trained),
-            "step": jnp.zeros((), jnp.int32),
-        }
+        self._state = train.start_state(optimizer, trained)
         step = train.make_step(m, optimizer, config)
         self._step = step.lower(self._state, self._frozen, self.batch, self._key).compile()
         used: Any = self._step.memory_analysis()
