@@ -26,24 +26,29 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 from jax.experimental import multihost_utils
 
-from hyper_t5 import __version__
+from hyper_t5 import __version__, relay
 from hyper_t5.errors import UserError
 
 TIMEOUT = 300.0  # seconds to wait for all processes at the start
 HEARTBEAT = 30.0  # seconds of silence after which a process counts as gone
 ROOT = "hyper_t5"  # the store is shared with JAX and Orbax: our keys and barriers are under this
 ALL_END_TOGETHER = (0, 75)  # codes of a run that is done, or preempted and saved
+JOIN_TIMEOUT = 120.0  # seconds from then on until JAX's service is up
+PORT_PATIENCE = 5.0  # seconds; an earlier run may be about to let go of its port
+METADATA_PERIOD = 5.0  # seconds between two looks at what Google Cloud says of this host
 _DAY_MS = 24 * 3600 * 1000  # a wait that the watch ends if it is in vain
 _GO_ON = "run the same command again to go on from the newest checkpoint"
 # What a step raises when a process that took part in it is gone.
@@ -107,25 +112,20 @@ def initialize(
     found = _given(coordinator_address, process_count, process_index) or _detected(timeout)
     if found is None:
         return
-    address, _run.count, _run.index = found
-    _run.heartbeat = heartbeat
-    _run.hosts = [address.rpartition(":")[0]] + ["not seen yet"] * (_run.count - 1)
-    if is_first():
-        _check_port(address)
-    print(f"waiting for {_run.count} processes at {address}, up to {timeout:.0f} s", flush=True)
-    _join(address, timeout)
+    address, count, index = found
+    print(f"waiting for {count} processes at {address}, up to {timeout:.0f} s", flush=True)
+    me = _Hello(index, count, socket.gethostname(), __version__, jax.__version__)
+    hosts = (_meet if index == 0 else _go_to_meet)(address, me, timeout)
+    _run.count, _run.index, _run.hosts, _run.heartbeat = count, index, hosts, heartbeat
+    _join(address)
     atexit.register(_run.ending.set)  # before JAX's own, which may close the connections
     sys.excepthook = _uncaught
     _take_sigterm()
     threading.Thread(target=_beat, daemon=True).start()
     threading.Thread(target=_watch_first, daemon=True).start()
-    check_same("the number of processes", _run.count)
-    _run.hosts = gather("host", socket.gethostname())
-    check_same("the version of hyper_t5", __version__)
-    check_same("the version of jax", jax.__version__)
     check_same("the number of devices", jax.local_device_count())
     say(
-        f"process 0 of {_run.count}: {jax.local_device_count()} local of {jax.device_count()} "
+        f"process 0 of {count}: {jax.local_device_count()} local of {jax.device_count()} "
         f"devices ({jax.devices()[0].device_kind})"
     )
 
@@ -185,117 +185,210 @@ def _detected(timeout: float) -> tuple[str, int, int] | None:
     return address, count, index
 
 
-def _check_port(address: str, patience: float = 5.0) -> None:
-    """UserError where process 0 cannot serve at this port; gRPC would share it with another run."""
-    port = int(address.rpartition(":")[2])
-    until = time.monotonic() + patience  # an earlier run may be about to end
+class _Hello(NamedTuple):
+    """What a process says of itself when it comes."""
+
+    process: int
+    processes: int
+    host: str
+    hyper_t5: str
+    jax: str
+
+
+def _meet(address: str, me: _Hello, timeout: float) -> list[str]:
+    """Process 0 waits for all others and tells them that they are complete; returns their hosts.
+
+    JAX's service would abort in whatever is wrong, and cannot say who is missing, so all meet
+    before it is started, at the port that it will take.
+    """
+    came: dict[int, tuple[_Hello, socket.socket]] = {}
+    callers: list[socket.socket] = []
+    started = said = time.monotonic()
+    code, wrong = 0, ""
+    with contextlib.closing(_listen(address)) as listener:
+        while not wrong and len(came) + 1 < me.processes:
+            with contextlib.suppress(OSError, ValueError, TypeError):  # anybody may call
+                hello, caller = _receive(listener)
+                callers.append(caller)
+                code, wrong = 2, _misfit(me, hello, came)
+                came[hello.process] = hello, caller
+            came = {i: (hello, caller) for i, (hello, caller) in came.items() if not _left(caller)}
+            absent = ", ".join(str(i) for i in range(1, me.processes) if i not in came)
+            now = time.monotonic()
+            if now - said > 30 and absent:
+                said = now
+                print(f"{len(came) + 1} of {me.processes} are here, without {absent}", flush=True)
+            if now - started > timeout and absent and not wrong:
+                code = 1
+                wrong = (
+                    f"process {absent} of {me.processes} did not come to {address} within "
+                    f"{timeout:.0f} s; start the same command on every host, each with its own "
+                    "index"
+                )
+    # After the port is closed: who hears this goes on to look for JAX's service there.
+    hosts = [me.host] + [came[i][0].host for i in sorted(came)]
+    for caller in callers:
+        with contextlib.suppress(OSError), caller:
+            caller.sendall(json.dumps([code, wrong, hosts]).encode() + b"\n")
+    return _met(code, wrong, hosts)
+
+
+def _go_to_meet(address: str, me: _Hello, timeout: float) -> list[str]:
+    """Another process tells process 0 that it is there, and waits; returns all hosts."""
+    host, port = _split(address)
+    until = time.monotonic() + timeout
     while True:
-        with contextlib.closing(socket.socket()) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                return probe.bind(("", port))
-            except OSError as error:
-                if time.monotonic() > until:
-                    raise UserError(
-                        f"--coordinator_address {address}: port {port} cannot be used on this host "
-                        f"({error.strerror}); end what uses it, or name another port on all hosts"
-                    ) from None
+        try:
+            with socket.create_connection((host, port), timeout=5) as caller:
+                caller.sendall(json.dumps(me).encode() + b"\n")
+                caller.settimeout(timeout + 10)
+                code, wrong, hosts = json.loads(_read_line(caller))
+            return _met(code, wrong, hosts)
+        except (OSError, ValueError, TypeError) as error:
+            why = _one_line(error)
+        if time.monotonic() > until:
+            _end(
+                1,
+                f"process 0 could not be reached at {address} within {timeout:.0f} s ({why}); "
+                "start the same command there, and open the port in its firewall",
+                tell=False,
+            )
         time.sleep(0.2)
 
 
-def _join(address: str, timeout: float) -> None:
-    """Start JAX's client, and on process 0 its service; ends this process if not all come."""
+def _met(code: int, wrong: str, hosts: list[str]) -> list[str]:
+    if not wrong:
+        return hosts
+    if code == 2:
+        raise UserError(wrong)
+    _end(code, wrong, tell=False)
+
+
+def _misfit(me: _Hello, other: _Hello, came: dict[int, tuple[_Hello, socket.socket]]) -> str:
+    """What is wrong with one that came, or nothing."""
+    pairs = {
+        "the number of processes": (me.processes, other.processes),
+        "the version of hyper_t5": (me.hyper_t5, other.hyper_t5),
+        "the version of jax": (me.jax, other.jax),
+    }
+    for what, (mine, its) in pairs.items():
+        if mine != its:
+            return _differs(what, mine, me.host, its, other.process, other.host)
+    if other.process in came or other.process == me.process:
+        first = came[other.process][0] if other.process in came else me
+        return (
+            f"two processes have index {other.process}: on {first.host} and on {other.host}; start "
+            "each with a --process_index of its own"
+        )
+    return ""
+
+
+def _differs(what: str, first: Any, first_host: str, value: Any, index: int, host: str) -> str:
+    return (
+        f"{what} differs: {first} on process 0 ({first_host}), {value} on process {index} "
+        f"({host}); install and start the same on every host"
+    )
+
+
+def _listen(address: str) -> socket.socket:
+    """Process 0's port. UserError where it is taken: gRPC would share it with another run."""
+    _, port = _split(address)
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    until = time.monotonic() + PORT_PATIENCE
+    while True:
+        try:
+            made = socket.create_server(("", port), family=family, dualstack_ipv6=both)
+            made.settimeout(0.2)
+            return made
+        except OSError as error:
+            if time.monotonic() > until:
+                raise UserError(
+                    f"--coordinator_address {address}: port {port} cannot be used on this host "
+                    f"({error.strerror}); end what uses it, or name another port on all hosts"
+                ) from None
+        time.sleep(0.2)
+
+
+def _split(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def _receive(listener: socket.socket) -> tuple[_Hello, socket.socket]:
+    """The next process that comes. OSError, ValueError, TypeError: nobody came, or a stranger."""
+    caller, _ = listener.accept()
+    caller.settimeout(2)
+    hello = _Hello(*json.loads(_read_line(caller)))
+    caller.settimeout(None)
+    return hello, caller
+
+
+def _read_line(caller: socket.socket) -> bytes:
+    with caller.makefile("rb") as file:
+        return file.readline(2**20)
+
+
+def _left(caller: socket.socket) -> bool:
+    """Whether the other end of a connection is gone."""
+    try:
+        return caller.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+
+
+def _join(address: str) -> None:
+    """Start JAX's client, and on process 0 its service. All processes are there."""
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    came = threading.Event()
-    missing = f"not all of the {_run.count} processes came to {address} within {timeout:.0f} s"
-
-    def give_up() -> None:
-        if not came.wait(timeout):
-            _end(
-                1,
-                f"{missing}; start the same command on every host, each with its own index",
-                tell=False,
-            )
-
-    if not is_first():
-        address = _Relay(address, timeout).address
-    threading.Thread(target=give_up, daemon=True).start()
+    # A proxy for the way to the outside is none for the way to the other hosts.
+    os.environ["no_grpc_proxy"] = "127.0.0.1," + _split(address)[0]  # noqa: SIM112
+    with contextlib.suppress(AttributeError):
+        jax.config.update("jax_check_proxy_envs", False)
+    failed = "the processes met, and then could not join"
+    late = threading.Timer(JOIN_TIMEOUT, lambda: _end(1, failed, tell=False))
+    late.daemon = True
+    late.start()
     try:
         jax.distributed.initialize(
-            address,
+            address if is_first() else _relay(address),
             _run.count,
             _run.index,
             # What JAX does after its own limits is to abort; ours come first.
-            initialization_timeout=int(timeout) + 60,
+            initialization_timeout=int(JOIN_TIMEOUT) + 60,
             heartbeat_timeout_seconds=int(3 * _run.heartbeat) + 60,
         )
     except RuntimeError as error:
-        _end(1, f"process {_run.index} could not join the others: {_one_line(error)}", tell=False)
-    came.set()
+        _end(1, f"{failed}: {_one_line(error)}", tell=False)
+    late.cancel()
 
 
-class _Relay:
-    """A port on this host that leads to process 0's service, for JAX's client of another process.
+def _relay(address: str) -> str:
+    """The address of a relay on this host that leads to process 0's service; see `relay`.
 
-    A client that sees its connection break aborts. This one sees nothing: the relay notices, says
-    so and ends the process. What goes through are a few small messages a second.
+    JAX's client aborts when its connection breaks. With the relay it sees nothing, and we end.
     """
-
-    def __init__(self, target: str, timeout: float) -> None:
-        host, _, port = target.rpartition(":")
-        self._target = (host.strip("[]"), int(port))
-        self._waiting: socket.socket | None = self._dial(timeout)
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _dial(self, timeout: float) -> socket.socket:
-        host, port = self._target
-        until = time.monotonic() + timeout
-        while True:
-            try:
-                return socket.create_connection(self._target, timeout=5)
-            except OSError as error:
-                why = error.strerror or str(error)
-            if time.monotonic() > until:
-                _end(
-                    1,
-                    f"process 0 could not be reached at {host}:{port} within {timeout:.0f} s "
-                    f"({why}); start the same command there, and open the port in its firewall",
-                    tell=False,
-                )
-            time.sleep(0.2)
-
-    def _accept(self) -> None:
-        while True:
-            here, _ = self._listener.accept()
-            there = self._waiting or self._dial(_run.period)
-            self._waiting = None
-            hung_up = threading.Event()
-            for end in (here, there):
-                end.settimeout(None)
-                end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            for function in (self._up, self._down):
-                threading.Thread(target=function, args=(here, there, hung_up), daemon=True).start()
-
-    def _up(self, here: socket.socket, there: socket.socket, hung_up: threading.Event) -> None:
-        _copy(here, there)
-        hung_up.set()
-        with contextlib.suppress(OSError):
-            there.shutdown(socket.SHUT_RDWR)
-
-    def _down(self, here: socket.socket, there: socket.socket, hung_up: threading.Event) -> None:
-        _copy(there, here)
-        if not hung_up.is_set() and not _run.ending.is_set():
-            _end(1, f"{_name(0)} has gone; {_GO_ON}", tell=False)
-        with contextlib.suppress(OSError):
-            here.shutdown(socket.SHUT_RDWR)
+    host, port = _split(address)
+    child = subprocess.Popen(
+        [sys.executable, "-I", "-S", relay.__file__, host, str(port), str(JOIN_TIMEOUT)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # a Ctrl-C in the terminal is not for it
+    )
+    assert child.stdout is not None
+    own = int(child.stdout.readline())
+    threading.Thread(target=_watch_relay, args=(child,), daemon=True).start()
+    return f"127.0.0.1:{own}"
 
 
-def _copy(source: socket.socket, target: socket.socket) -> None:
-    with contextlib.suppress(OSError):
-        while data := source.recv(2**16):
-            target.sendall(data)
+def _watch_relay(child: subprocess.Popen[str]) -> None:
+    """End this process when the relay says that process 0 is gone, or ends itself. A thread."""
+    assert child.stdout is not None
+    child.stdout.readline()
+    if not _run.ending.is_set():
+        _end(1, f"{_name(0)} has gone; {_GO_ON}", tell=False)
 
 
 # ----------------------------------------------------------------------------- exchange of values
@@ -357,11 +450,8 @@ def check_same(what: str, value: Any) -> None:
     """UserError, on every process, that names a process where a value differs from process 0's."""
     found = gather(f"same/{what}", value)
     if others := [i for i, other in enumerate(found) if other != found[0]]:
-        more = f" and on {len(others) - 1} more" if len(others) > 1 else ""
-        raise UserError(
-            f"{what} differs: {found[0]} on {_name(0)}, {found[others[0]]} on {_name(others[0])}"
-            f"{more}; install and start the same on every host"
-        )
+        i = others[0]
+        raise UserError(_differs(what, found[0], _run.hosts[0], found[i], i, _run.hosts[i]))
 
 
 def _next(name: str) -> int:
@@ -509,6 +599,11 @@ def _tell(code: int, line: str, absent: set[int]) -> None:
 def catch_sigterm() -> Iterator[None]:
     """Inside, SIGTERM asks the run to save and end (see `preempted`); a second ends it at once.
 
+    A spot VM that is taken away gets a SIGTERM from its shutdown, as do all programs (see
+    https://docs.cloud.google.com/compute/docs/instances/spot). Host maintenance is only announced
+    in the metadata of a Google Cloud VM, so there a thread looks for it and sends the signal:
+    https://docs.cloud.google.com/compute/docs/metadata/getting-live-migration-notice.
+
     Does nothing outside the main thread, which alone may set handlers.
     """
     _sigterm.clear()
@@ -523,9 +618,13 @@ def catch_sigterm() -> Iterator[None]:
             ctypes.CFUNCTYPE(None, ctypes.c_int)(_run.jax_sigterm)(number)
 
     before = signal.signal(signal.SIGTERM, note)
+    left = threading.Event()
+    if "GCE_METADATA_IP" in os.environ or jax.default_backend() == "tpu":
+        threading.Thread(target=_watch_metadata, args=(left,), daemon=True).start()
     try:
         yield
     finally:
+        left.set()
         signal.signal(signal.SIGTERM, before)
 
 
@@ -538,6 +637,21 @@ def preempted(step: int) -> bool:
     if _run.count == 1:
         return _sigterm.is_set()
     return multihost_utils.reached_preemption_sync_point(step)
+
+
+def _watch_metadata(left: threading.Event) -> None:
+    """Send this process a SIGTERM when its host says that it is about to stop. A thread."""
+    host = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
+    ends = {"maintenance-event": "TERMINATE_ON_HOST_MAINTENANCE", "preempted": "TRUE"}
+    while not left.wait(METADATA_PERIOD):
+        for name, value in ends.items():
+            url = f"http://{host}/computeMetadata/v1/instance/{name}"
+            request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
+            with contextlib.suppress(OSError), urllib.request.urlopen(request, timeout=5) as reply:
+                if reply.read().decode().strip() == value and not left.is_set():
+                    print(f"this host says {name}={value}: saving, then ending", flush=True)
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    return
 
 
 def _take_sigterm() -> None:

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # A module imports from lines above its own, or from its own package. A new module goes into the
 # highest line that has all it needs above it.
 LAYERS = [
-    ["hyper_t5", "errors"],
+    ["hyper_t5", "errors", "relay"],
     ["distributed"],
     ["overrides"],
     ["chips", "files"],

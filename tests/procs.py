@@ -102,7 +102,7 @@ def start_hosts(
             for i in range(hosts) if only is None else only:
                 given = _environment(devices, address, hosts, i) | dict(env or {})
                 given = {name: value for name, value in given.items() if value}
-                name = f"process {i}"
+                name = f"{len(started)} as process {i}"
                 full = [sys.executable, "-u", *argv]
                 started.append(Host(full, given, cwd, Path(folder), name))
             yield started
