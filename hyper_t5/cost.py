@@ -14,8 +14,8 @@ import dataclasses
 import functools
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,7 +24,7 @@ from jax.extend import core
 from ml_collections import ConfigDict
 
 from hyper_t5 import adapters as ad
-from hyper_t5 import hypermodels, metrics, model, t5
+from hyper_t5 import files, hypermodels, metrics, model, t5
 from hyper_t5.hypermodels import BACKBONE, HYPERMODEL
 from hyper_t5.hypermodels.learned import Learned
 
@@ -135,16 +135,16 @@ def generated_parameters(m: model.Model, config: ConfigDict) -> int:
     return 0 if emitted is None else ad.parameters_per_task(emitted)
 
 
-def training_seconds(workdir: str | Path) -> float | None:
+def training_seconds(workdir: str | os.PathLike[str]) -> float | None:
     """How long a run was trained, by its metrics.jsonl; None where it has none.
 
     A run that went on from a checkpoint counts from 0 again: the parts are added.
     """
-    path = Path(workdir) / metrics.JSONL
-    if not path.is_file():
+    path = files.as_path(workdir) / metrics.JSONL
+    if not path.exists():
         return None
     total, last, written = 0.0, 0.0, -float("inf")
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in files.read_bytes(path).decode(errors="replace").splitlines():
         try:
             values = json.loads(line)
             seconds, now = float(values["seconds"]), float(values["time"])
