@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import runs
 
 SCRIPTS = ["tpu_run.sh", "tpu_worker.sh", "gpu_run.sh"]
 LIMIT = 60.0  # seconds; a busy machine is no failure, a hang is one
@@ -800,3 +801,71 @@ def test_mistakes_with_slurm_are_one_line(
     assert launch.end() == 2
     assert launch.err.startswith(f"gpu: error: {message}")
     assert launch.err.count("\n") == 1
+
+
+# ---- two hosts that train ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hosts(tmp_path: Path, repo_root: Path) -> Iterator[Pod]:
+    """A pod that runs the package itself, four devices a worker."""
+    made = Pod(tmp_path / "pod", repo_root, toy=False)
+    made.env |= {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+    }
+    yield made
+    made.close()
+
+
+def job(folder: Path, **fields: Any) -> list[str]:
+    """The arguments that train a tiny run over both workers, for longer than any test takes."""
+    config = runs.make_config(
+        backbone__path=str(runs.save_backbone(folder / "backbone")),
+        data__sni_dir=str(runs.save_sni(folder / "sni")),
+        data__tasks_per_batch=8,
+        mesh__data=-1,
+        **{"train__steps": 10**6, "train__save_every": 10**6} | fields,
+    )
+    return runs.command(config, folder / "run")
+
+
+@pytest.mark.slow
+def test_two_hosts_train_are_preempted_and_go_on(hosts: Pod, tmp_path: Path) -> None:
+    launch = hosts.run(*job(tmp_path), flags=[*MAKE, "--grace", "60"])
+    launch.wait_for("[0] step 4/", seconds=240)
+    assert "[0] process 0 of 2: 4 local of 8 devices" in launch.out
+    [one] = hosts.pythons(1)
+    os.kill(one, signal.SIGTERM)  # one is told, both save the same step
+    launch.wait_for("tpu: restart 1 of at most 20", seconds=120)
+    launch.wait_for("to 1000000", times=2, seconds=240)
+    [first, second] = re.findall(r"steps (\d+) to 1000000", launch.out)
+    assert int(first) == 0 < int(second)
+    launch.wait_for(f"[0] step {2 * (int(second) // 2) + 4}/", seconds=120)
+    launch.process.send_signal(signal.SIGINT)
+    assert launch.end(120) == 130, launch.out + launch.err
+    steps = [line["step"] for line in runs.lines(tmp_path / "run")]
+    assert steps == sorted(set(steps))
+    judged = hosts.run("evaluate", "--workdir", str(tmp_path / "run"))
+    assert judged.end(240) == 0, judged.out + judged.err
+    [report] = (tmp_path / "run" / "eval").iterdir()
+    assert int(report.name) >= steps[-1]
+    assert (report / "metrics.json").exists()
+
+
+@pytest.mark.slow
+def test_two_hosts_one_dies_and_the_same_command_goes_on(hosts: Pod, tmp_path: Path) -> None:
+    words = job(tmp_path, train__save_every=4)
+    mistake = hosts.run(*words, "--gin.train.stepz=3", flags=MAKE)
+    assert mistake.end(240) == 2
+    assert "[0] hyper-t5: error: " in mistake.out
+    launch = hosts.run(*words)
+    launch.wait_for("[0] step 12/", seconds=240)
+    [one] = hosts.pythons(1)
+    os.kill(one, signal.SIGKILL)
+    assert launch.end() == 137, launch.out + launch.err
+    assert not hosts.processes()
+    again = hosts.run(*words, "--gin.train.steps=16")
+    assert again.end(240) == 0, again.out + again.err
+    [first] = re.findall(r"steps (\d+) to 16", again.out)
+    assert int(first) in (4, 8, 12)
