@@ -448,6 +448,7 @@ def _handler() -> ocp.PyTreeCheckpointHandler:
     A shard is written by the one process that holds its replica 0. Orbax would cut replicas among
     the processes, and its chunks would no longer be the shards that we have digests of.
     """
+    logging.getLogger("absl").addFilter(_is_news)
     arrays = ocp.type_handlers.ArrayHandler(
         use_replica_parallel=False, enable_write_sharding_file=False
     )
@@ -457,6 +458,11 @@ def _handler() -> ocp.PyTreeCheckpointHandler:
     return ocp.PyTreeCheckpointHandler(
         type_handler_registry=registry, enable_pinned_host_transfer=False
     )
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Not so what Orbax logs: an error, with its traceback, comes to us as an exception too."""
+    return "orbax" not in record.pathname
 
 
 def _start_writing(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -14,15 +17,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+import bucket
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
+import procs
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from orbax.checkpoint._src.serialization import serialization
 
-from hyper_t5 import checkpoint, optim
+from hyper_t5 import checkpoint, optim, workdir
+from hyper_t5 import config as config_lib
 from hyper_t5.errors import UserError
 
 pytestmark = pytest.mark.smoke
@@ -228,6 +235,18 @@ def test_load_subtree(tmp_path: Path) -> None:
         checkpoint.load_subtree(folder_of(tmp_path, 5), "params")
 
 
+def test_some_are_kept_for_good(tmp_path: Path) -> None:
+    state = {"x": jnp.ones(2)}
+    with checkpoint.Checkpointer(tmp_path, keep=2, keep_period=4) as checkpointer:
+        for step in range(11):
+            checkpointer.save(step, state, META)
+    kept = sorted(int(folder.name) for folder in (tmp_path / "checkpoints").iterdir())
+    assert kept == [0, 4, 8, 9, 10]
+    with checkpoint.Checkpointer(tmp_path, keep=0, keep_period=5) as checkpointer:
+        checkpointer.save(11, state, META)
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 6
+
+
 def test_the_newest_are_kept(tmp_path: Path) -> None:
     state = {"x": jnp.ones(2)}
     checkpoint.save(tmp_path, 50, state, META)  # of a future that was given up
@@ -304,6 +323,7 @@ def test_a_write_that_the_system_refuses(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "checkpoints/2" in done.stdout
+    assert "Traceback" not in done.stderr
     assert "earlier checkpoints are kept" in done.stdout
     assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["1"]
     restored, _ = checkpoint.restore(tmp_path, None, {"x": np.zeros(10)})
@@ -331,3 +351,298 @@ def test_restored_leaves_go_where_the_target_is(tmp_path: Path) -> None:
         assert (back["table"].sharding, back["count"].sharding) == (rows, whole)
         total = jax.jit(lambda s: s["table"].sum() * s["scalar"] + s["count"])(back)
         assert total == 2 * size * 2 + 3
+
+
+def test_a_bucket_is_a_workdir(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No rename, no lock, no flush: a step there counts when its record is there."""
+    run, old, new = "gs://bucket/my run", make_state(1), make_state(2)
+    with bucket.served(monkeypatch) as objects:
+        with workdir.hold(run):
+            assert workdir.check_resume(run, config_lib.defaults()) == []
+            changed = config_lib.defaults()
+            changed.seed = 5
+            with checkpoint.Checkpointer(run, keep=2) as checkpointer:
+                for step, state in enumerate((old, old, old, new)):
+                    checkpointer.save(step, state, META)
+            with pytest.raises(UserError, match="another config"):
+                workdir.check_resume(run, changed)
+        assert workdir.load_config(Path(run)).seed == 0  # pathlib makes one slash of two
+        steps = {name.split("/")[5] for name in objects if "/checkpoints/" in name}
+        assert steps == {"2", "3"}
+        assert_same(checkpoint.restore(run, None, new)[0], new)
+        assert checkpoint.load_subtree(f"{run}/checkpoints/3", "step")[0] == 2
+
+        data = [name for name in objects if "/3/state/ocdbt.process_0/d/" in name]
+        largest = max(data, key=lambda name: len(objects[name]))
+        half = len(objects[largest]) // 2
+        flipped = bytes([objects[largest][half] ^ 16])
+        objects[largest] = objects[largest][:half] + flipped + objects[largest][half + 1 :]
+        assert_same(checkpoint.restore(run, None, old)[0], old)
+        assert "gs://bucket/my run/checkpoints/3 is damaged: leaf params/" in caplog.text
+
+        del objects[f"{run}/checkpoints/3/COMMITTED.json"]  # as if killed in the midst of a save
+        assert checkpoint.latest_step(run) == 2
+        checkpoint.save(run, 4, new, META)
+        assert not any("/checkpoints/3/" in name for name in objects)
+        assert_same(checkpoint.restore(run, None, new)[0], new)
+
+
+# ----------------------------------------------------------------------------- meshes and processes
+
+
+def on_mesh(state: Any, rows: int) -> Any:
+    """The state on ROWS x 8/ROWS devices, each leaf cut in another way."""
+    mesh = jax.make_mesh((rows, 8 // rows), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    cuts = {"rows": ("data",), "both": ("data", "model"), "inner": (None, "model", "data")}
+
+    def put(path: Any, leaf: Any) -> Any:
+        spec = PartitionSpec(*cuts.get(path[-1].key, ()))
+        leaf = np.asarray(leaf)
+        return jax.make_array_from_callback(
+            leaf.shape, NamedSharding(mesh, spec), lambda at: leaf[at]
+        )
+
+    return jax.tree_util.tree_map_with_path(put, state)
+
+
+def cut_state(seed: int = 0) -> dict[str, Any]:
+    rng = np.random.default_rng(seed)
+    params = {
+        "rows": rng.normal(size=(8, 1000)).astype(np.float32),
+        "both": rng.normal(size=(64, 320)).astype(jnp.bfloat16),
+        "inner": rng.normal(size=(3, 8, 800)).astype(np.float32),
+        "whole": rng.normal(size=(1000,)).astype(np.float32),
+    }
+    return {"params": params, "step": np.int32(seed)}
+
+
+@pytest.mark.parametrize(("written", "read"), [(2, 1), (1, 2), (8, 4), (1, 8), (4, 4)])
+def test_any_mesh_reads_what_another_wrote(tmp_path: Path, written: int, read: int) -> None:
+    values = cut_state()
+    checkpoint.save(tmp_path, 1, on_mesh(values, written), META)
+    like = on_mesh(cut_state(1), read)
+    restored, _ = checkpoint.restore(tmp_path, None, like)
+    assert_same(restored, values)
+    for leaf, target in zip(jax.tree.leaves(restored), jax.tree.leaves(like), strict=True):
+        assert leaf.sharding == target.sharding
+    inner = {"inner": like["params"]["inner"], "rows": like["params"]["rows"]}
+    with pytest.raises(UserError, match="params/both is bfloat16"):
+        checkpoint.load_subtree(tmp_path, "params", target=inner)
+    params, meta = checkpoint.load_subtree(tmp_path, "params", target=like["params"])
+    assert_same(params, values["params"])
+    assert params["both"].sharding == like["params"]["both"].sharding
+    assert meta["step"] == 1
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's own
+def test_damage_is_found_on_another_mesh(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    old, new, like = cut_state(1), cut_state(2), on_mesh(cut_state(), 1)
+    checkpoint.save(tmp_path, 1, on_mesh(old, 4), META)
+    checkpoint.save(tmp_path, 2, on_mesh(new, 4), META)
+    found = 0
+    for file in (folder_of(tmp_path, 2) / "state" / "ocdbt.process_0" / "d").iterdir():
+        whole = file.read_bytes()
+        for place in (0.1, 0.3, 0.5, 0.7, 0.9):
+            flip(file, place)
+            caplog.clear()
+            restored, meta = checkpoint.restore(tmp_path, None, like)
+            assert_same(restored, {1: old, 2: new}[meta["step"]])
+            found += "checkpoints/2 is damaged: leaf " in caplog.text
+            file.write_bytes(whole)
+    assert found > 3
+
+
+def test_the_record_names_every_shard(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, 1, on_mesh(cut_state(), 2), META)
+    record = json.loads((folder_of(tmp_path, 1) / "COMMITTED.json").read_text())
+    lines = record["record"]["leaves"]
+    assert list(lines["params/rows"]["shards"]) == ["0:4,0:1000", "4:8,0:1000"]
+    assert len(lines["params/both"]["shards"]) == 8
+    assert lines["params/whole"]["dtype"] == "float32"
+    assert list(lines["step"]["shards"]) == [""]
+
+
+def test_a_checkpoint_of_the_first_format_is_read(tmp_path: Path) -> None:
+    state = {"x": np.arange(6.0)}
+    checkpoint.save(tmp_path, 1, state, META)
+    file = folder_of(tmp_path, 1) / "COMMITTED.json"
+    record = json.loads(file.read_text())["record"]
+    line = record["leaves"]["x"]
+    line["crc32"] = line.pop("shards")["0:6"]
+    record["format"] = "hyper_t5.checkpoint/1"
+    check = checkpoint._crc(checkpoint._json(record))
+    file.write_text(json.dumps({"record": record, "crc32": check}))
+    assert_same(checkpoint.restore(tmp_path, None, state)[0], state)
+
+
+TWO = """
+import errno, sys
+sys.path.insert(0, sys.argv[2])
+import numpy as np
+from pathlib import Path
+import logging
+from hyper_t5 import checkpoint, distributed, workdir
+from hyper_t5.errors import UserError
+logging.basicConfig(format="%(message)s")
+distributed.initialize(heartbeat=20)
+import checkpoint_test as t
+folder, me = Path(sys.argv[1]), distributed.index()
+
+def same(restored, values):
+    for leaf, want in zip(t.jax.tree.leaves(restored), t.jax.tree.leaves(values), strict=True):
+        assert leaf.dtype == want.dtype
+        for shard in leaf.addressable_shards:
+            assert np.array_equal(np.asarray(shard.data), np.asarray(want)[shard.index])
+
+with workdir.hold(folder):
+    # One process of eight devices wrote steps 1 and 2; here are two of four.
+    like = t.on_mesh(t.cut_state(), 4)
+    restored, meta = checkpoint.restore(folder, None, like)
+    assert meta["step"] == 2
+    same(restored, t.cut_state(2))
+    params, _ = checkpoint.load_subtree(folder, "params")
+    assert np.array_equal(params["both"], t.cut_state(2)["params"]["both"])
+
+    # Damage that one process alone sees makes both go to the step before.
+    read = checkpoint._read_leaf
+    def damaged(step, *more):
+        if me == 1 and step.name == "2":
+            raise checkpoint._DamagedError("leaf params/rows is not as it was written")
+        return read(step, *more)
+    checkpoint._read_leaf = damaged
+    restored, meta = checkpoint.restore(folder, None, like)
+    assert meta["step"] == 1
+    same(restored, t.cut_state(1))
+    checkpoint._read_leaf = read
+
+    saver = checkpoint.Checkpointer(folder, keep=10)
+    saver.save(3, t.on_mesh(t.cut_state(3), 2), t.META)
+    saver.wait()
+
+    # A disk that is full on one of them ends the save on both.
+    start = checkpoint._start_writing
+    def full(*args):
+        if me == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return start(*args)
+    checkpoint._start_writing = full
+    saver.save(4, t.on_mesh(t.cut_state(4), 2), t.META)
+    try:
+        saver.close()
+    except UserError as error:
+        print("ENDED", error, flush=True)
+distributed.finish()
+"""
+
+
+def test_two_processes_and_one_read_each_other(tmp_path: Path) -> None:
+    for step in (1, 2):
+        checkpoint.save(tmp_path, step, on_mesh(cut_state(step), 1), META)
+    tests = str(Path(__file__).parent)
+    ended = procs.run_hosts(["-W", "ignore", "-c", TWO, str(tmp_path), tests])
+    for one in ended:
+        assert one.code == 0, one.stderr
+        [line] = [line for line in one.stdout.splitlines() if line.startswith("ENDED")]
+        assert "checkpoints/4: process 1: " in line
+        assert "No space left" in line
+        assert "Traceback" not in one.stderr
+    warning = "checkpoints/2 is damaged: process 1: leaf params/rows"
+    assert warning in ended[0].stderr
+    assert warning not in ended[1].stderr
+    assert sorted(folder.name for folder in (tmp_path / "checkpoints").iterdir()) == list("123")
+    parts = {folder.name for folder in (folder_of(tmp_path, 3) / "state").glob("ocdbt.process_*")}
+    assert parts == {"ocdbt.process_0", "ocdbt.process_1"}
+    for rows in (1, 2):
+        restored, meta = checkpoint.restore(tmp_path, None, on_mesh(cut_state(), rows))
+        assert meta["step"] == 3
+        assert_same(restored, cut_state(3))
+    # Orbax itself reads it: nothing in the folder is ours alone.
+    with ocp.PyTreeCheckpointer() as orbax:
+        whole = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), cut_state())
+        plain = orbax.restore(folder_of(tmp_path, 3) / "state", restore_args=whole)
+    assert np.array_equal(plain["params"]["inner"], cut_state(3)["params"]["inner"])
+
+
+HOLD = """
+import sys
+from hyper_t5 import distributed, workdir
+from hyper_t5.errors import UserError
+distributed.initialize(heartbeat=20)
+workdir.SEEN_SECONDS = 1.0
+for folder in (sys.argv[1 + distributed.index()], sys.argv[3], sys.argv[4]):
+    try:
+        with workdir.hold(folder):
+            print("HELD", flush=True)
+    except UserError as error:
+        print("REFUSED", error, flush=True)
+distributed.finish()
+"""
+
+
+def test_processes_share_a_workdir(tmp_path: Path) -> None:
+    """Folders of their own are found; another run's lock, and a free folder, are so for both."""
+    names = ("own0", "own1", "taken", "free")
+    folders = [str(tmp_path / name) for name in names]
+    with workdir.hold(folders[2]):
+        ended = procs.run_hosts(["-W", "ignore", "-c", HOLD, *folders])
+    for one in ended:
+        assert one.code == 0, one.stderr
+        told = [x for x in one.stdout.splitlines() if x.startswith(("HELD", "REFUSED"))]
+        assert re.match(r"REFUSED --workdir .*own[01]: process 1 \(.+\) does not see", told[0])
+        assert re.match(r"REFUSED .*taken is being trained in by process \d+", told[1])
+        assert told[2:] == ["HELD"]
+
+
+KILLED = """
+import sys
+sys.path.insert(0, sys.argv[2])
+from pathlib import Path
+from hyper_t5 import checkpoint, distributed
+distributed.initialize(heartbeat=5)
+import checkpoint_test as t
+saver = checkpoint.Checkpointer(sys.argv[1], keep=3)
+step = (checkpoint.latest_step(sys.argv[1]) or 0)
+print("FROM", step, flush=True)
+while True:
+    step += 1
+    saver.save(step, t.on_mesh(t.large_state(step), 2), t.META)
+    print("BEGUN", step, flush=True)
+    saver.wait()
+    print("SAVED", step, flush=True)
+"""
+
+
+def large_state(step: int) -> dict[str, Any]:
+    """Tens of files a save, so that a kill comes in the midst of one."""
+    rng = np.random.default_rng(step)
+    params = {f"{i}": {"both": rng.normal(size=(64, 256)).astype(np.float32)} for i in range(20)}
+    return {"params": params, "step": np.int32(step)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_a_kill_at_any_moment_loses_that_save_alone(tmp_path: Path, hosts: int) -> None:
+    moments = np.random.default_rng(hosts)
+    argv = ["-W", "ignore", "-c", KILLED, str(tmp_path), str(Path(__file__).parent)]
+    env = {} if hosts > 1 else {"JAX_COORDINATOR_ADDRESS": "", "JAX_NUM_PROCESSES": ""}
+    env |= {} if hosts > 1 else {"JAX_PROCESS_ID": ""}
+    in_midst, last = 0, 0
+    for _ in range(5):
+        with procs.start_hosts(argv, hosts, 8 // hosts, env=env) as started:
+            procs.wait_for(started[0], f"BEGUN {last + 3}")
+            time.sleep(moments.uniform(0.0, 0.2))
+            started[int(moments.integers(hosts))].send(signal.SIGKILL)
+            ended = procs.join(started, 60)
+        assert any(one.code == -signal.SIGKILL for one in ended)
+        assert int(ended[0].stdout.split("FROM ")[1].split()[0]) == last
+        said = [int(line.split()[1]) for line in ended[0].stdout.splitlines() if "SAVED" in line]
+        begun = [int(line.split()[1]) for line in ended[0].stdout.splitlines() if "BEGUN" in line]
+        last = checkpoint.latest_step(tmp_path) or 0
+        assert max(said, default=last) <= last <= begun[-1] + 1
+        in_midst += (folder_of(tmp_path, last + 1).with_suffix(".tmp")).exists()
+        restored, meta = checkpoint.restore(tmp_path, None, on_mesh(large_state(0), 4))
+        assert meta["step"] == last
+        assert_same(restored, large_state(last))
+    assert in_midst, "no kill came in the midst of a save"
