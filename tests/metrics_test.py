@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import resource
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import bucket
 import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
@@ -105,6 +108,106 @@ def test_a_full_disk_is_one_clear_error_and_no_wait(tmp_path: Path) -> None:
     assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(1, 1.0), (2, 3.0)]
 
 
+# ------------------------------------------------------------------------------------ in a bucket
+
+RUN = "gs://bucket/run"
+
+
+@pytest.fixture
+def objects() -> Iterator[bucket.Objects]:
+    """What is in every gs:// bucket."""
+    with pytest.MonkeyPatch.context() as patch, bucket.served(patch) as objects:
+        yield objects
+
+
+def at(objects: bucket.Objects, folder: Path) -> Path:
+    """The run's objects as files of a folder."""
+    for name, content in objects.items():
+        place = folder / name.removeprefix(f"{RUN}/")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(content)
+    return folder
+
+
+def test_a_run_in_a_bucket(objects: bucket.Objects, tmp_path: Path) -> None:
+    with metrics.Writer(RUN) as writer:
+        assert objects.keys() >= {f"{RUN}/metrics.jsonl"}  # it can be written: known at once
+        for step in (10, 20, 30):
+            writer.write(step, {"loss": step})
+    with metrics.Writer(RUN, step=20) as writer:
+        writer.write(30, {"loss": 31})
+    found = at(objects, tmp_path)
+    steps = [(line["step"], line["loss"]) for line in lines(found)]
+    assert steps == [(10, 10), (20, 20), (30, 31)]
+    events = board(found)
+    assert [e for e in events if e[0] == "loss"] == [("loss", s, s) for s in (10, 20, 30)] + [
+        ("loss", 30, 31)
+    ]
+    assert ("purge", 21) in [event[:2] for event in events]
+
+
+def test_a_bucket_has_what_is_half_a_minute_old(
+    objects: bucket.Objects, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+    with metrics.Writer(RUN) as writer:
+        writer.write(1, {"loss": 1.0})
+        assert lines(at(objects, tmp_path)) == []
+        now[0] += 31
+        writer.write(2, {"loss": 2.0})
+        assert [line["step"] for line in lines(at(objects, tmp_path))] == [1, 2]
+        writer.write(3, {"loss": 3.0})
+        assert len(lines(at(objects, tmp_path))) == 2
+    assert len(lines(at(objects, tmp_path))) == 3
+
+
+class Refusal(Exception):
+    """Of a bucket's client, which is no OSError."""
+
+
+def test_a_bucket_that_takes_nothing(
+    objects: bucket.Objects, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    down = [True]
+    real = bucket.Paths.open
+
+    def fail(self: bucket.Paths, path: Any, mode: str) -> Any:
+        if down[0]:
+            raise Refusal("403 no right to write")
+        return real(self, path, mode)
+
+    monkeypatch.setattr(bucket.Paths, "open", fail)
+    monkeypatch.setattr(metrics, "UPLOAD_SECONDS", 0.0)
+    message = r"could not write gs://bucket/run/metrics.jsonl .*: 403 no right to write; make room"
+    with pytest.raises(UserError, match=message):
+        metrics.Writer(RUN)
+    # A while in the middle of a run is no harm.
+    down[0] = False
+    with caplog.at_level(logging.WARNING), metrics.Writer(RUN) as writer:
+        down[0] = True
+        writer.write(1, {"loss": 1.0})
+        assert "gs://bucket/run: not reached, will be tried again: 403" in caplog.text
+        down[0] = False
+    assert b'"loss": 1.0' in objects[f"{RUN}/metrics.jsonl"]
+
+    def end(error: Exception | None) -> None:
+        down[0] = False
+        with metrics.Writer(RUN) as writer:
+            down[0] = True
+            writer.write(2, {"loss": 1.0})
+            if error:
+                raise error
+
+    with pytest.raises(UserError, match=message):
+        end(None)
+    with pytest.raises(FloatingPointError, match="loss is nan"):
+        end(FloatingPointError("loss is nan"))
+
+
+# --------------------------------------------------------------------------------------- progress
+
+
 def test_progress() -> None:
     stream, clock = io.StringIO(), [100.0]
     progress = metrics.Progress(1000, stream, lambda: clock[0])
@@ -126,6 +229,25 @@ def test_progress() -> None:
         "step 1/1000  loss 2.346",
         "step 600/1000  loss 2.346  accuracy 0.5  16.0 examples/s  200 real tokens/s  ETA 0:03:20",
         "step 1000/1000  loss nan  0.5 examples/s  1 real tokens/s  ETA 0:00:00",
+    ]
+
+
+def test_progress_with_utilisation_and_times() -> None:
+    stream, clock = io.StringIO(), [100.0]
+    progress = metrics.Progress(10, stream, lambda: clock[0], lambda seconds: 0.25 / seconds)
+    assert progress.report(0, {}, {}) == {}
+    progress.count(1, 1)
+    for wait in (0.05, 0.06):
+        clock[0] += 0.5
+        progress.count(8, 100)
+        times = {"seconds_data": wait, "seconds_save": 0.01, "seconds_compute": 0.49 - wait}
+        rates = progress.report(5, {"loss": 1.0}, times)
+        assert rates["mfu"] == 0.5
+        assert rates | times == rates
+    assert stream.getvalue().splitlines()[1:] == [
+        "step 5/10  loss 1  16.0 examples/s  200 real tokens/s  MFU 50.0%  ETA 0:00:02",
+        "step 5/10  loss 1  16.0 examples/s  200 real tokens/s  MFU 50.0%  data wait 12%  "
+        "ETA 0:00:02",
     ]
 
 

@@ -6,9 +6,11 @@ import dataclasses
 import json
 import logging
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import bucket
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -172,37 +174,19 @@ def test_only_who_is_asked_traces(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """gs://bucket is a folder, and no file in it can be appended to."""
-    from etils.epath import backend, gpath
-
-    folder = tmp_path / "bucket"
-
-    class Bucket(backend._OsPathBackend):
-        """Its files by their names in the bucket."""
-
-        def open(self, path: str, mode: str) -> Any:
-            assert "a" not in mode
-            return super().open(self._there(path), mode)
-
-        def exists(self, path: str) -> bool:
-            return super().exists(self._there(path))
-
-        def makedirs(self, path: str, **how: Any) -> None:
-            super().makedirs(self._there(path), **how)
-
-        def _there(self, path: str) -> str:
-            assert str(path).startswith("gs://bucket/")
-            return str(path).replace("gs://bucket", str(folder))
-
-    monkeypatch.setitem(gpath._PREFIX_TO_BACKEND, "gs", Bucket())
-    monkeypatch.setattr(gpath, "_is_tf_installed", lambda: False)
-    return folder
+def objects() -> Iterator[bucket.Objects]:
+    """What is in every gs:// bucket."""
+    with pytest.MonkeyPatch.context() as patch, bucket.served(patch) as objects:
+        yield objects
 
 
-def test_a_trace_in_a_bucket(bucket: Path) -> None:
+def test_a_trace_in_a_bucket(objects: bucket.Objects, tmp_path: Path) -> None:
     train("gs://bucket/run", 0, 8)
-    assert traced_steps(bucket / "run") == {2, 3, 4}
+    [name] = [name for name in objects if name.endswith(".xplane.pb")]
+    place = tmp_path / name.removeprefix("gs://bucket/run/")
+    place.parent.mkdir(parents=True)
+    place.write_bytes(objects[name])
+    assert traced_steps(tmp_path) == {2, 3, 4}
 
 
 # ---------------------------------------------------------------------------------------- replay
@@ -253,10 +237,10 @@ def test_each_process_saves_the_rows_it_has(tmp_path: Path) -> None:
         watch.load_replay(folder)
 
 
-def test_a_step_in_a_bucket(bucket: Path) -> None:
+def test_a_step_in_a_bucket(objects: bucket.Objects) -> None:
     folder = watch.save_replay("gs://bucket/run", make_replay())
     assert str(folder) == "gs://bucket/run/replay/7"
-    assert (bucket / "run" / "replay" / "7" / "batch.npz").is_file()
+    assert "gs://bucket/run/replay/7/batch.npz" in objects
     assert_same(watch.load_replay("gs://bucket/run/replay/7"), make_replay())
 
 
