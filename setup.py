@@ -50,11 +50,14 @@ EXTRAS = {
     "tpu": ["jax[tpu]>=0.10.2,<0.13", "libtpu>=0.0.42,<0.0.51"],
     # CUDA 12 runs on every driver from 525 on, those for CUDA 13 too.
     "gpu": ["jax[cuda12]>=0.10.2,<0.13"],
+    # The TPU compiler, which `hyper-t5 plan` uses on machines without a TPU.
+    "plan": ["libtpu>=0.0.42,<0.0.51"],
     # What `tfds build` and `seqio_cache_tasks` import; Beam wants protobuf below 7.
     "beam": ["apache-beam>=2.70,<3", "mlcroissant>=1.0,<2"],
     "test": [
         "apache-beam>=2.70,<3",
         "hypothesis>=6.150,<7",
+        "libtpu>=0.0.42,<0.0.51",
         "mlcroissant>=1.0,<2",
         "mypy>=2.4,<3",
         "peft>=0.21,<0.22",

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from hyper_t5 import __version__
+from hyper_t5 import __version__, chips
 from hyper_t5.errors import PreemptedError, UserError
 
 GIN = "--gin."
@@ -30,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. ``--help`` and ``--version`` exit by themselves."""
     # TensorFlow, which only reads data here, would report on its search for a GPU.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    chips.quiet_libtpu()
     try:
         args = _parse(list(sys.argv[1:] if argv is None else argv))
         COMMANDS[args.command].run(args)
@@ -183,6 +184,16 @@ def _export(args: argparse.Namespace) -> None:
     from hyper_t5 import serve
 
     print(serve.export(args.adapter, args.out, args.format, args.backbone, args.base_model))
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from hyper_t5 import config as config_lib
+    from hyper_t5 import plan
+
+    config = config_lib.load(args.config, args.gin, args.gin_file)
+    config_lib.validate(config, needs_backbone=False)
+    steps = args.steps.split(",")
+    plan.plan(config, args.topology, args.slices, steps, args.out, args.config)
 
 
 def _bench(args: argparse.Namespace) -> None:
@@ -481,6 +492,43 @@ COMMANDS = {
             ),
             _path("--backbone", "folder of the backbone that the adapter was made for"),
             _BASE_MODEL,
+        ],
+    ),
+    "plan": Command(
+        "Compile a config for a TPU topology, without one: memory, FLOPs, traffic, time, per chip",
+        "hyper-t5 plan --config configs/mtf.py:system=hyper_lora,size=xl --topology v5p:4x4x4 "
+        "--gin.data.tasks_per_batch=128 --out runs/plan",
+        _plan,
+        [
+            (
+                "--config",
+                {
+                    "required": True,
+                    "metavar": "FILE.py[:arg,...]",
+                    "help": "a config file, on disk or shipped, and its arguments",
+                },
+            ),
+            (
+                "--topology",
+                {
+                    "required": True,
+                    "metavar": "CHIP:SHAPE",
+                    "help": "v3, v4, v5e, v5p or v6e and the shape of a slice, such as v5e:4x4; or "
+                    "an accelerator type such as v5p-128",
+                },
+            ),
+            _number("--slices", 1, "of that shape, with the data-centre network between them"),
+            (
+                "--steps",
+                {
+                    "default": "train,evaluate,generate",
+                    "metavar": "NAME,...",
+                    "help": "which to compile, minutes each for a large model (default: "
+                    "train,evaluate,generate)",
+                },
+            ),
+            _path("--out", "folder for plan.json and the programs (default: none)", required=False),
+            _GIN_FILE,
         ],
     ),
     "bench": Command(

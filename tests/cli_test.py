@@ -39,6 +39,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[Any, ...], d
         "serve.predict",
         "serve.export",
         "bench.main",
+        "plan.plan",
         "describe.describe",
         "build.build",
         "quickstart.main",
@@ -82,6 +83,7 @@ def test_help_imports_nothing_heavy_and_ends_in_an_example() -> None:
         "adapt",
         "predict",
         "export",
+        "plan",
         "bench",
     ]
     for name, text in zip(cli.COMMANDS, helps, strict=True):
@@ -97,7 +99,7 @@ def test_the_example_of_help_is_accepted(
     monkeypatch.chdir(tmp_path)
     program, *argv = cli.COMMANDS[command].example.split()
     assert program == "hyper-t5"
-    if command == "train":
+    if command in ("train", "plan"):
         argv[argv.index("--config") + 1] = f"{MTF}:system=hyper_lora,size=base"
     assert cli.main(argv) == 0
     assert len(calls) == 1
