@@ -94,7 +94,7 @@ def _train(args: argparse.Namespace) -> None:
                 distributed.say(f"resume with {change}")
             from hyper_t5 import train
 
-            train.train(config, args.workdir)
+            train.train(config, args.workdir, profile=args.profile)
 
 
 def _evaluate(args: argparse.Namespace) -> None:
@@ -351,6 +351,13 @@ COMMANDS = {
                 },
             ),
             _WORKDIR,
+            (
+                "--profile",
+                {
+                    "action": "store_true",
+                    "help": "trace three early steps into WORKDIR/profile, for TensorBoard",
+                },
+            ),
             *_HOSTS,
             _GIN_FILE,
         ],

@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import math
 import time
-from contextlib import nullcontext
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from ml_collections import ConfigDict
 from hyper_t5 import (
     adapters,
     checkpoint,
+    cost,
     data,
     distributed,
     guard,
@@ -32,7 +34,9 @@ from hyper_t5 import (
     names,
     optim,
     sharding,
+    watch,
     weights,
+    workdir,
 )
 from hyper_t5.errors import PreemptedError, UserError
 from hyper_t5.hypermodels import BACKBONE
@@ -182,10 +186,11 @@ def start_state(
     return sharding.put(state, placed) if placed else state
 
 
-def train(config: ConfigDict, folder: str | Path) -> dict[str, float]:
+def train(config: ConfigDict, folder: str | Path, profile: bool = False) -> dict[str, float]:
     """Run one stage to ``train.steps``, resuming from the workdir's newest checkpoint.
 
-    Every process of a run calls it. Returns the last metrics. Raises UserError for what the user
+    Every process of a run calls it. ``profile``: trace a few steps (``watch.Profile``). Returns the
+    last metrics. Raises UserError for what the user
     can mend, FloatingPointError when the loss is no longer finite (nothing non-finite is saved),
     PreemptedError when the machine is taken away and the run is saved.
     """
@@ -218,24 +223,27 @@ def train(config: ConfigDict, folder: str | Path) -> dict[str, float]:
     if sampler.names:
         meta["tasks"] = _task_names(config, m, sampler)
     step = make_step(m, optimizer, config, placed)
-    key = jax.random.key(config.seed)
-    rate = optim.schedule(config.optimizer, config.train.steps)
-    progress = metrics.Progress(config.train.steps)
-    started, last = time.monotonic(), {}
+    key, share = jax.random.key(config.seed), sharding.share_of(placement)
 
     # --------------------------------------------------------------------------------- the loop
-    share = sharding.share_of(placement)
     batches = data.train_batches(sampler, first, share)
+    last: dict[str, float] = {}
+    waiting: list[tuple[int, dict[str, Array]]] = []  # sums of steps that no line has told yet
+    sums: dict[str, Array] = {}
     with (
-        metrics.Writer(folder, first) if distributed.is_first() else nullcontext() as writer,
+        _Reporter(config, folder, first) as reporter,
         checkpoint.Checkpointer(folder, config.train.keep, config.train.keep_period) as saver,
+        watch.Profile(folder, first, profile and distributed.is_first()) as tracing,
     ):
-        waiting: list[tuple[int, dict[str, Array]]] = []
         for index in range(first, config.train.steps):
-            batch = next(batches)
-            state, sums = step(state, frozen, sharding.put_batch(batch, placement), key)
-            # The other shares are taken to hold as much as this process's own.
-            progress.count(data.examples_of(batch) * share[1], data.real_tokens(batch) * share[1])
+            with tracing.step(index, sums):
+                with reporter.times.part("data", ahead=sums):
+                    mine = next(batches)
+                batch = sharding.put_batch(mine, placement)
+                if index == first:
+                    reporter.know_flops(m, batch)
+                state, sums = step(state, frozen, batch, key)
+            reporter.count(mine, share[1])
             # Sums are fetched only when a line is due, so that the device never waits for the host.
             waiting.append((index + 1, sums))
             taken = distributed.preempted(index + 1)
@@ -243,26 +251,108 @@ def train(config: ConfigDict, folder: str | Path) -> dict[str, float]:
             save = save or (index + 1) % config.train.save_every == 0
             if save or (index + 1) % config.train.log_every == 0:
                 fetched = [(number, jax.device_get(made)) for number, made in waiting]
-                last, waiting = _mean_of([made for _, made in fetched]), []
-                if writer is not None:
-                    line = {k: last[k] for k in ("loss", "accuracy", "exact")}
-                    last |= progress.report(index + 1, line)
-                    last |= {"learning_rate": float(rate(index))}
-                    last |= {"seconds": time.monotonic() - started}
-                    # A copy: the thread that makes batches counts in it.
-                    stats = {f"data/{k}": v for k, v in dict(sampler.stats).items()}
-                    writer.write(index + 1, last | stats)
-                _check_finite(fetched)
-            saver.poll()
-            if save:
-                if not _is_finite(state):
-                    raise _not_finite("a parameter or a moment is not finite", index + 1)
-                saver.save(index + 1, state, meta)
+                waiting.clear()
+                last = reporter.write(index + 1, fetched, sampler.stats)
+                _stop_at_bad_step(config, folder, fetched, sampler, share, state, meta)
+            with reporter.times.part("save"):
+                saver.poll()
+                if save:
+                    if not _is_finite(state):
+                        raise _not_finite("a parameter or a moment is not finite", index + 1)
+                    saver.save(index + 1, state, meta)
             if taken:
                 saver.wait()
                 raise PreemptedError(f"preempted; saved at step {index + 1} in {folder}")
     _keep_backbone(folder, m, backbone, state["params"])
     return last
+
+
+class _Reporter:
+    """What a run says of itself: lines of progress, metrics.jsonl and TensorBoard, on process 0."""
+
+    def __init__(self, config: ConfigDict, folder: epath.Path, first: int) -> None:
+        self._config, self._flops, self._skipped = config, 0.0, 0
+        self._rate = optim.schedule(config.optimizer, config.train.steps)
+        self._began = time.monotonic()
+        self._writer = metrics.Writer(folder, first) if distributed.is_first() else None
+        self._progress = metrics.Progress(config.train.steps, utilisation=self._utilisation)
+        self.times = watch.Times()
+
+    def know_flops(self, m: Model, batch: Tree) -> None:
+        """Count the model FLOPs of a step, where the peak of the devices is known."""
+        if self._writer is not None and watch.utilisation(1.0, 1.0) is not None:
+            self._flops = cost.train_flops(m, self._config, batch, loss_sums)
+
+    def _utilisation(self, seconds: float) -> float | None:
+        return watch.utilisation(self._flops, seconds) if self._flops else None
+
+    def count(self, mine: data.Batch, shares: int) -> None:
+        """A step was started on this share; the others are taken to hold as much."""
+        self._progress.count(data.examples_of(mine) * shares, data.real_tokens(mine) * shares)
+        self.times.step()
+
+    def write(
+        self, step: int, fetched: list[tuple[int, dict[str, Any]]], stats: Counter[str]
+    ) -> dict[str, float]:
+        """The means over the steps since the last line."""
+        values = _mean_of([made for _, made in fetched])
+        if self._writer is None:
+            return values
+        spent = self.times.report()
+        line = {k: values[k] for k in ("loss", "accuracy", "exact")}
+        values |= self._progress.report(step, line, spent)
+        if values["skipped"] > self._skipped:
+            bad = int(fetched[-1][1]["bad_step"])
+            print(f"updates skipped so far: {values['skipped']:.0f}, the last at step {bad}")
+            self._skipped = int(values["skipped"])
+        values |= watch.device_memory()
+        values["learning_rate"] = float(self._rate(step - 1))
+        values["seconds"] = time.monotonic() - self._began
+        # A copy: the thread that makes batches counts in it.
+        self._writer.write(step, values | {f"data/{k}": v for k, v in dict(stats).items()})
+        return values
+
+    def __enter__(self) -> _Reporter:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._writer is not None:
+            self._writer.__exit__(*error)
+
+
+def _stop_at_bad_step(
+    config: ConfigDict,
+    folder: epath.Path,
+    fetched: list[tuple[int, dict[str, Any]]],
+    sampler: data.Sampler,
+    share: tuple[int, int],
+    state: State,
+    meta: dict[str, Any],
+) -> None:
+    """FloatingPointError where a step was bad, once all that it was made of is saved for replay."""
+    bad = int(fetched[-1][1]["bad_step"])
+    if config.train.on_bad_step == "skip" or bad < 0:
+        return
+    sums = dict(fetched)[bad]
+    loss, norm = float(sums["loss"] / max(sums["tokens"], 1.0)), float(sums["grad_norm"])
+    numbers = {"loss": loss, "grad_norm": norm}
+    found = [f"{name} is {value}" for name, value in numbers.items() if not math.isfinite(value)]
+    reason = found[0] if found else f"loss is {loss:.4g}, over train.spike times its running mean"
+    batch = sampler.batch(bad - 1, *share)
+    mine = [sampler.names[i] for i in batch["tasks"]] if sampler.names else []
+    parts = dict(distributed.gather("replay", [share[0], mine]))
+    tasks = [name for _, part in sorted(parts.items()) for name in part]
+
+    def save_state(place: epath.Path) -> None:
+        # A workdir like any other: training in it makes the bad step again.
+        workdir.check_resume(place, config)
+        unset = jnp.full_like(state["guard"]["bad_step"], -1)
+        before = {**state, "guard": {**state["guard"], "bad_step": unset}}
+        checkpoint.save(place, int(state["step"]), before, meta)
+
+    record = watch.Replay(bad, reason, config.seed, tasks, loss, norm, config.to_dict(), batch)
+    saved = watch.save_replay(folder, record, save_state, *share)
+    raise _not_finite(reason, bad, tasks, saved)
 
 
 def _mean_of(sums: list[dict[str, Any]]) -> dict[str, float]:
@@ -282,14 +372,6 @@ def _mean_of(sums: list[dict[str, Any]]) -> dict[str, float]:
     }
 
 
-def _check_finite(fetched: list[tuple[int, dict[str, Any]]]) -> None:
-    """FloatingPointError naming the first step whose loss or gradient is no number."""
-    for step, sums in fetched:
-        for name in ("loss", "grad_norm"):
-            if not math.isfinite(sums[name]):
-                raise _not_finite(f"{name} is {float(sums[name])}", step)
-
-
 @jax.jit
 def _is_finite(state: State) -> Array:
     """Whether all of a state is; a finite loss says nothing of the update made from it."""
@@ -297,10 +379,16 @@ def _is_finite(state: State) -> Array:
     return jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in leaves]))
 
 
-def _not_finite(what: str, step: int) -> FloatingPointError:
+def _not_finite(
+    what: str, step: int, tasks: Sequence[str] = (), saved: epath.Path | None = None
+) -> FloatingPointError:
+    names = sorted(set(tasks))
+    where = f" on {', '.join(names[:5])}{' and others' if len(names) > 5 else ''}" if names else ""
+    replay = f"; what it was made of is in {saved}" if saved else ""
     return FloatingPointError(
-        f"{what} at step {step}; the checkpoints before it are good: lower "
-        "optimizer.learning_rate or set optimizer.clip_norm, and start again"
+        f"{what} at step {step}{where}{replay}; the checkpoints before it are good: lower "
+        "optimizer.learning_rate, set optimizer.clip_norm or train.on_bad_step=skip, and start "
+        "again"
     )
 
 

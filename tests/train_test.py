@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -23,7 +24,7 @@ import runs
 from flax import traverse_util
 from ml_collections import ConfigDict
 
-from hyper_t5 import checkpoint, cli, model, train, weights
+from hyper_t5 import checkpoint, cli, distributed, guard, model, train, watch, weights
 from hyper_t5.errors import UserError
 from hyper_t5.vocab import ByteVocabulary
 
@@ -325,7 +326,7 @@ def test_no_number_is_kept(make: Any, tmp_path: Path, capsys: pytest.CaptureFixt
     # The update is finite, the loss after it is not: LoRA's scale is 4, and 4e38 is infinite.
     config = make(optimizer__learning_rate=1e38, train__log_every=4, train__save_every=1)
     line = runs.fails(capsys, *runs.command(config, tmp_path / "a"), code=1)
-    assert "at step 2; the checkpoints before it are good" in line
+    assert re.search(r" at step 2 on task\d.*the checkpoints before it are good", line)
     assert checkpoint.latest_step(tmp_path / "a") == 1
     last = runs.lines(tmp_path / "a")[-1]
     assert last["step"] == 2
@@ -333,9 +334,22 @@ def test_no_number_is_kept(make: Any, tmp_path: Path, capsys: pytest.CaptureFixt
 
     # The first bad step is named, though nothing was looked at before the fourth.
     config = make(optimizer__learning_rate=1e38, train__log_every=4, train__save_every=4)
-    assert "at step 2;" in runs.fails(capsys, *runs.command(config, tmp_path / "b"), code=1)
+    assert " at step 2 on " in runs.fails(capsys, *runs.command(config, tmp_path / "b"), code=1)
     assert [line["step"] for line in runs.lines(tmp_path / "b")] == [4]
     assert checkpoint.latest_step(tmp_path / "b") is None
+
+    # What that step was made of is kept: its batch, and the state before it, as the other run has
+    # it after its first step. The folder of the state is a workdir, in which it fails again.
+    replay = watch.load_replay(tmp_path / "b" / "replay" / "2")
+    assert (replay.step, len(replay.tasks)) == (2, config.data.tasks_per_batch)
+    assert set(replay.tasks) <= set(runs.TASKS)
+    assert not np.isfinite([replay.loss, replay.grad_norm]).all()
+    assert replay.state is not None
+    state = Path(replay.state)
+    assert runs.leaves(state, 1) == runs.leaves(tmp_path / "a", 1)
+    argv = runs.command(config, tmp_path / "b")
+    argv[argv.index("--workdir") + 1] = str(state)
+    assert " at step 2 on " in runs.fails(capsys, *argv, "--gin.train.steps=2", code=1)
 
     # The loss is finite, the update is not.
     config = make(optimizer__learning_rate=1e38, optimizer__weight_decay=100.0)
@@ -343,6 +357,58 @@ def test_no_number_is_kept(make: Any, tmp_path: Path, capsys: pytest.CaptureFixt
     assert "a parameter or a moment is not finite at step 1" in line
     assert np.isfinite(runs.lines(tmp_path / "c")[0]["loss"])
     assert checkpoint.latest_step(tmp_path / "c") is None
+
+
+def test_a_bad_step_may_be_skipped(make: Any, tmp_path: Path) -> None:
+    plain = make(optimizer__name="adafactor", train__steps=3, train__save_every=1)
+    runs.run(plain, tmp_path / "plain")
+    # Against a mean of the first steps that is far below the losses every one is a spike.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(guard, "WARM", 2)
+        config = make(
+            optimizer__name="adafactor",
+            train__steps=3,
+            train__save_every=1,
+            train__spike=0.5,
+            train__on_bad_step="skip",
+        )
+        last = runs.run(config, tmp_path / "skips")
+    assert last["skipped"] == 1
+    before, after = (runs.leaves(tmp_path / "skips", step) for step in (2, 3))
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {"step", "guard/bad_step", "guard/mean", "guard/seen", "guard/skipped"}
+    same = runs.leaves(tmp_path / "plain", 2)
+    assert {k: v for k, v in before.items() if "guard" not in k} == {
+        k: v for k, v in same.items() if "guard" not in k
+    }
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_sigterm_saves_and_another_start_ends_bit_exact(
+    make: Any, tmp_path: Path, parts: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = make(
+        train__steps=6,
+        train__save_every=100,
+        train__microbatches=parts,
+        mesh__data=-1,
+        data__tasks_per_batch=8 * parts,
+    )
+    runs.run(config, tmp_path / "whole")
+    with pytest.MonkeyPatch.context() as patch:
+        ask = distributed.preempted
+
+        def preempted(step: int) -> bool:
+            if step == 3:
+                signal.raise_signal(signal.SIGTERM)
+            return ask(step)
+
+        patch.setattr(distributed, "preempted", preempted)
+        line = runs.fails(capsys, *runs.command(config, tmp_path / "a"), code=75)
+    assert "preempted; saved at step 3" in line
+    assert checkpoint.latest_step(tmp_path / "a") == 3
+    assert cli.main(runs.command(config, tmp_path / "a")) == 0
+    assert runs.leaves(tmp_path / "a", 6) == runs.leaves(tmp_path / "whole", 6)
 
 
 @pytest.fixture
