@@ -206,7 +206,8 @@ def replaced_folder(folder: str | os.PathLike[str], owned: Collection[str]) -> I
     """Gives an empty folder to write into, and moves it to `folder` when the block ends well.
 
     Args:
-      folder: where it goes. An existing folder is replaced when it holds only `owned` names.
+      folder: where it goes. An existing folder is replaced when it holds only `owned` names. Into a
+        bucket it is copied file by file, the smallest, which describes the others, last.
       owned: the names that the block may write.
 
     Yields:
@@ -215,7 +216,7 @@ def replaced_folder(folder: str | os.PathLike[str], owned: Collection[str]) -> I
     Raises:
       UserError: `folder` holds other things, or writing failed (no space); `folder` is unchanged.
     """
-    target = Path(folder)
+    target = as_path(folder)
     if target.exists() and not target.is_dir():
         raise UserError(f"{target}: is a file; give a folder")
     present = {p.name for p in target.iterdir()} if target.is_dir() else set()
@@ -223,6 +224,12 @@ def replaced_folder(folder: str | os.PathLike[str], owned: Collection[str]) -> I
         raise UserError(
             f"{target}: already holds {other[0]}; give a new folder, so that nothing is lost"
         )
+    with (_moved if is_local(target) else _copied)(target) as new:
+        yield new
+
+
+@contextlib.contextmanager
+def _moved(target: epath.Path) -> Iterator[Path]:
     new = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -241,6 +248,18 @@ def replaced_folder(folder: str | os.PathLike[str], owned: Collection[str]) -> I
     finally:
         if new is not None:
             shutil.rmtree(new, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _copied(target: epath.Path) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as place:
+        yield Path(place)
+        made = sorted(Path(place).iterdir(), key=lambda file: -file.stat().st_size)
+        try:
+            for file in made:
+                write_bytes(target / file.name, file.read_bytes())
+        except Exception as error:  # each bucket's client has errors of its own
+            raise UserError(f"{target}: could not be written: {error}; run it again") from error
 
 
 def _finish(folder: Path) -> None:

@@ -28,7 +28,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from orbax.checkpoint._src.serialization import serialization
 
-from hyper_t5 import checkpoint, optim, workdir
+from hyper_t5 import checkpoint, files, optim, workdir
 from hyper_t5 import config as config_lib
 from hyper_t5.errors import UserError
 
@@ -388,6 +388,12 @@ def test_a_bucket_is_a_workdir(
         assert not any("/checkpoints/3/" in name for name in objects)
         assert_same(checkpoint.restore(run, None, new)[0], new)
 
+        with files.replaced_folder(f"{run}/backbone", ("a.json", "b")) as folder:
+            (folder / "a.json").write_text('{"b": 1}')
+            (folder / "b").write_bytes(b"12345678" * 2)
+        assert files.read_json(f"{run}/backbone/a.json") == {"b": 1}
+        assert list(objects)[-2:] == [f"{run}/backbone/b", f"{run}/backbone/a.json"]
+
 
 # ----------------------------------------------------------------------------- meshes and processes
 
@@ -563,6 +569,18 @@ def test_two_processes_and_one_read_each_other(tmp_path: Path) -> None:
         whole = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), cut_state())
         plain = orbax.restore(folder_of(tmp_path, 3) / "state", restore_args=whole)
     assert np.array_equal(plain["params"]["inner"], cut_state(3)["params"]["inner"])
+
+
+def test_a_resumed_run_may_change_its_mesh_and_what_it_keeps(tmp_path: Path) -> None:
+    workdir.check_resume(tmp_path, config_lib.defaults())
+    (tmp_path / "checkpoints" / "1").mkdir(parents=True)
+    other = config_lib.defaults()
+    other.mesh.model, other.train.keep_period = 4, 1000
+    changes = ["mesh.model: 1 -> 4", "train.keep_period: 0 -> 1000"]
+    assert workdir.check_resume(tmp_path, other) == changes
+    other.train.microbatches = 2
+    with pytest.raises(UserError, match=r"another config \(train.microbatches: 1 -> 2\)"):
+        workdir.check_resume(tmp_path, other)
 
 
 HOLD = """
