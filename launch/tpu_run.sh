@@ -58,11 +58,12 @@ read_arguments() {
     word="$1"
     shift
     [[ "$word" == -- ]] && job=("$@") && break
+    [[ "$word" == -* ]] || die 2 "'$word' is no flag; what the job is given comes after --"
     flag="${word%%=*}"
     flag="${flag//-/_}"
     flag="${flag#__}"
     case "$flag" in
-      h | help) sed -n '2,/^set -/{/^#/s/^# \{0,1\}//p;}' "${BASH_SOURCE[0]}" && exit 0 ;;
+      _h | help) sed -n '2,/^set -/{/^#/s/^# \{0,1\}//p;}' "${BASH_SOURCE[0]}" && exit 0 ;;
       spot | queued_resource | reuse | keep | delete | stop | dry_run | with_changes)
         [[ "$word" != *=* ]] || die 2 "--$flag takes no value"
         printf -v "$flag" true
@@ -253,8 +254,13 @@ ensure_ready() {
       die 2 "$name is $state, and --reuse makes none"
     case "$state" in
       ABSENT) create ;;
-      STOPPED) cloud tpu-vm start "$name" >>"$logs/gcloud.log" 2>&1 || die 1 "$(explain "$logs/gcloud.log")" ;;
-      PREEMPTED | TERMINATED | SUSPENDED) delete_tpu ;;
+      STOPPED)
+        cloud tpu-vm start "$name" >>"$logs/gcloud.log" 2>&1 || die 1 "$(explain "$logs/gcloud.log")"
+        ;;
+      PREEMPTED | TERMINATED | SUSPENDED)
+        plan_creation # before anything is deleted
+        delete_tpu
+        ;;
       FAILED) give_up_request ;;
       UNKNOWN)
         if [[ -z "$last" ]] || ((++waits > 20)); then die 1 "$(explain "$logs/gcloud.log")"; fi
@@ -279,7 +285,7 @@ plan_creation() { # sets `creation`, the command that makes the TPU
   elif [[ -n "$topology" ]]; then
     creation+=("--type=${topology%:*}" "--topology=${topology#*:}")
   else
-    die 2 "there is no TPU $name in $zone: give --accelerator or --topology to make it"
+    die 2 "there is no usable TPU $name in $zone: give --accelerator or --topology to make it"
   fi
   if $spot; then creation+=(--spot); fi
   creation+=(${create_flag[@]+"${create_flag[@]}"})

@@ -208,7 +208,8 @@ elif verb == "count":
     for step in range(first, int(words[0])):
         time.sleep(0.1)
         print("step", step + 1, flush=True)
-        kept.write_text(str(step + 1))
+        kept.with_suffix(".part").write_text(str(step + 1))
+        kept.with_suffix(".part").rename(kept)
         if asked:
             print("saved", step + 1)
             sys.exit(75)
@@ -343,7 +344,7 @@ class Pod:
             with contextlib.suppress(OSError):
                 if folder.name.isdecimal() and mark in (folder / "environ").read_bytes():
                     found.append(int(folder.name))
-        return found
+        return sorted(found)  # a job's shell comes before what it started
 
     def pythons(self, worker: int) -> list[int]:
         """Ids of the job's own process on a worker, not of the shell around it."""
@@ -519,6 +520,15 @@ def test_preempted_job_goes_on(pod: Pod, tmp_path: Path) -> None:
     assert len(pod.calls("tpu-vm create")) == 1
 
 
+def test_job_whose_machines_restarted_goes_on(pod: Pod, tmp_path: Path) -> None:
+    launch = pod.run("count", "20", str(tmp_path), flags=MAKE)
+    launch.wait_for("[0] step 3")
+    pod.signal_all(signal.SIGKILL)
+    assert launch.end() == 0, launch.err
+    assert "left no exit code: this machine was restarted" in launch.out
+    assert re.search(r"\[0\] from step [3-9]", launch.out)
+
+
 def test_spot_tpu_that_was_taken_away_is_made_again(pod: Pod, tmp_path: Path) -> None:
     launch = pod.run("count", "30", str(tmp_path), flags=[*MAKE, "--spot"])
     launch.wait_for("[0] step 3")
@@ -545,11 +555,16 @@ def test_restarts_have_a_limit(pod: Pod) -> None:
 # ---- connections ---------------------------------------------------------------------------------
 
 
-def test_broken_connection_does_not_start_the_job_twice(pod: Pod, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "meanwhile", [pytest.param("it goes on", marks=pytest.mark.slow), "it ends"]
+)
+def test_broken_connection_does_not_start_the_job_twice(
+    pod: Pod, tmp_path: Path, meanwhile: str
+) -> None:
     launch = pod.run("count", "40", str(tmp_path), flags=MAKE)
     launch.wait_for("[0] step 3")
     (pod.cloud / "cut").touch()
-    while not (pod.cloud / "was_cut").exists():
+    while not (pod.cloud / "was_cut").exists() or (meanwhile == "it ends" and pod.processes()):
         time.sleep(0.05)
     (pod.cloud / "cut").unlink()
     assert launch.end() == 0, launch.err
@@ -610,6 +625,7 @@ def test_queued_resource_is_waited_for(pod: Pod) -> None:
     assert pod.calls("queued-resources delete", "--force")
 
 
+@pytest.mark.slow
 def test_several_slices_are_one_request(pod: Pod) -> None:
     launch = pod.run("show", flags=["--accelerator", "v4-16", "--slices", "2"])
     assert launch.end() == 0, launch.err
@@ -627,6 +643,11 @@ def test_states_of_a_tpu_that_is_there(pod: Pod) -> None:
     other = pod.run("show", flags=["--accelerator", "v4-32"])
     assert other.end() == 2
     assert "error: pod is a v4-16, not a v4-32" in other.err
+    pod.set(nodes={"pod": {"state": "PREEMPTED", "workers": 2, "kind": "v4-16"}})
+    gone = pod.run("show")
+    assert gone.end() == 2
+    assert "no usable TPU pod in z: give --accelerator" in gone.err
+    assert "pod" in pod.nodes
 
 
 @pytest.mark.parametrize(
@@ -667,6 +688,7 @@ def test_refusal_of_the_account(pod: Pod) -> None:
         ([], ["show"], {"FAKE_PROJECT": ""}, "give --project"),
         ([], ["show"], {"FAKE_ZONE": ""}, "give --zone"),
         ([], ["show"], {}, "give --accelerator or --topology to make it"),
+        (["train"], ["show"], {}, "'train' is no flag"),
         ([*MAKE, "--reuse"], ["show"], {}, "pod is ABSENT, and --reuse makes none"),
         ([*MAKE, "--topology", "v4:2x2x2"], ["show"], {}, "not both"),
         (["--topology", "v4-2x2x2"], ["show"], {}, "--topology takes KIND:SIZES"),
