@@ -51,8 +51,10 @@ PORT_PATIENCE = 5.0  # seconds; an earlier run may be about to let go of its por
 METADATA_PERIOD = 5.0  # seconds between two looks at what Google Cloud says of this host
 _DAY_MS = 24 * 3600 * 1000  # a wait that the watch ends if it is in vain
 _GO_ON = "run the same command again to go on from the newest checkpoint"
-# What a step raises when a process that took part in it is gone.
-_PEER_LOST = re.compile("gloo|nccl|peer|connection|barrier|unavailable|cancelled|aborted", re.I)
+# What a step, or a save, raises when a process that took part in it is gone.
+_PEER_LOST = re.compile(
+    "gloo|nccl|connection (closed|reset)|barrier|coordination|unavailable|cancelled|aborted", re.I
+)
 
 
 @dataclasses.dataclass
@@ -68,6 +70,8 @@ class _Run:
     ending: threading.Event = dataclasses.field(default_factory=threading.Event)
     leaving: threading.Lock = dataclasses.field(default_factory=threading.Lock)
     answered: float = 0.0  # when process 0 last answered, by the monotonic clock
+    beats: threading.Thread | None = None
+    relay: subprocess.Popen[str] | None = None
     jax_sigterm: int = 0  # address of JAX's handler
 
     @property
@@ -118,10 +122,11 @@ def initialize(
     hosts = (_meet if index == 0 else _go_to_meet)(address, me, timeout)
     _run.count, _run.index, _run.hosts, _run.heartbeat = count, index, hosts, heartbeat
     _join(address)
-    atexit.register(_run.ending.set)  # before JAX's own, which may close the connections
+    atexit.register(_stop)  # before JAX's own, which closes the connections
     sys.excepthook = _uncaught
     _take_sigterm()
-    threading.Thread(target=_beat, daemon=True).start()
+    _run.beats = threading.Thread(target=_beat, daemon=True)
+    _run.beats.start()
     threading.Thread(target=_watch_first, daemon=True).start()
     check_same("the number of devices", jax.local_device_count())
     say(
@@ -377,6 +382,8 @@ def _relay(address: str) -> str:
         text=True,
         start_new_session=True,  # a Ctrl-C in the terminal is not for it
     )
+    # Kept, or its input would be closed when nobody looks, and JAX may not be done with it.
+    _run.relay = child
     assert child.stdout is not None
     own = int(child.stdout.readline())
     threading.Thread(target=_watch_relay, args=(child,), daemon=True).start()
@@ -489,7 +496,8 @@ def leave(code: int, message: str) -> None:
 
     It does not return where there are others, and does nothing where there are none. It prints
     nothing here: the caller knows what to say. With code 0 or 75, which all processes come to
-    together, it waits for them.
+    together, it waits for them. A message that may come of another process's death waits until
+    that is found out, which then is what all say.
     """
     if _run.count == 1:
         return
@@ -497,6 +505,7 @@ def leave(code: int, message: str) -> None:
         finish()
         sys.stdout.flush()
         os._exit(code)
+    _bide(message)
     _end(code, f"{_name(_run.index)} ended: {' '.join(message.split())}", show=False)
 
 
@@ -505,9 +514,16 @@ def finish() -> None:
     if _run.count == 1:
         return
     barrier("finish")
-    _run.ending.set()
+    _stop()
     jax.distributed.shutdown()
     _run.count, _run.index = 1, 0
+
+
+def _stop() -> None:
+    """No more signs of life. A thread that is inside JAX when the interpreter ends would abort."""
+    _run.ending.set()
+    if _run.beats:
+        _run.beats.join(5)
 
 
 def _beat() -> None:
@@ -550,12 +566,16 @@ def _silence(process: int) -> str:
 
 def _uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """The interpreter's last word on an exception; without it the others would wait for us."""
-    if issubclass(kind, RuntimeError | ValueError) and _PEER_LOST.search(str(error)):
-        # Perhaps not our fault: give the watch the time to find who is gone, and to end us.
-        time.sleep(_run.heartbeat + 3 * _run.period)
+    _bide(str(error))
     sys.__excepthook__(kind, error, trace)
     code = 130 if issubclass(kind, KeyboardInterrupt) else 1
     leave(code, f"{kind.__name__}: {_one_line(error)}")
+
+
+def _bide(message: str) -> None:
+    """Where an error may come of a lost process, give the watch time to name it and to end us."""
+    if _PEER_LOST.search(message):
+        time.sleep(_run.heartbeat + 3 * _run.period)
 
 
 def _end(
