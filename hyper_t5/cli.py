@@ -14,7 +14,6 @@ import dataclasses
 import os
 import sys
 import time
-import traceback
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -34,8 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = _parse(list(sys.argv[1:] if argv is None else argv))
         COMMANDS[args.command].run(args)
-    except tuple(EXIT_CODES) as e:
-        return _fail(e)
+    except tuple(EXIT_CODES) as error:
+        code, message = _answer(error)
+        print("hyper-t5: error:", message, file=sys.stderr, flush=True)
+        return code
     return 0
 
 
@@ -47,10 +48,10 @@ EXIT_CODES: dict[type[BaseException], int] = {
 }
 
 
-def _fail(error: BaseException) -> int:
-    message = " ".join(str(error).split()) or "interrupted"
-    print("hyper-t5: error:", message, file=sys.stderr, flush=True)
-    return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
+def _answer(error: BaseException) -> tuple[int, str]:
+    """The exit code, and the one line to print."""
+    code = next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
+    return code, " ".join(str(error).split()) or "interrupted"
 
 
 @contextlib.contextmanager
@@ -58,22 +59,18 @@ def _as_one_process_of_a_run(args: argparse.Namespace) -> Iterator[None]:
     """Join the other hosts, if there are any; what ends this process here ends them too."""
     from hyper_t5 import distributed
 
-    distributed.initialize(
-        args.coordinator_address,
-        args.process_count,
-        args.process_index,
-        timeout=args.initialization_timeout,
-        heartbeat=args.heartbeat_timeout,
-    )
     try:
+        distributed.initialize(
+            args.coordinator_address,
+            args.process_count,
+            args.process_index,
+            timeout=args.initialization_timeout,
+            heartbeat=args.heartbeat_timeout,
+        )
         with distributed.catch_sigterm():
             yield
-    except BaseException as error:
-        if distributed.count() > 1:
-            if not isinstance(error, tuple(EXIT_CODES)):
-                traceback.print_exc()
-                distributed.leave(1, repr(error))
-            distributed.leave(_fail(error), str(error))
+    except tuple(EXIT_CODES) as error:
+        distributed.leave(*_answer(error))
         raise
     distributed.finish()
 

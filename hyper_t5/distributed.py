@@ -494,18 +494,20 @@ def _one_line(error: BaseException) -> str:
 def leave(code: int, message: str) -> None:
     """End this process and with it the others, who print the message and end with the same code.
 
-    It does not return where there are others, and does nothing where there are none. It prints
-    nothing here: the caller knows what to say. With code 0 or 75, which all processes come to
-    together, it waits for them. A message that may come of another process's death waits until
-    that is found out, which then is what all say.
+    It does not return where there are others, and does nothing where there are none. With code 0
+    or 75, which all processes come to together, it waits for them. A message that may come of
+    another process's death waits until that is found out, which then is what all say.
     """
     if _run.count == 1:
         return
+    if code not in ALL_END_TOGETHER:
+        _bide(message)
+    if message:
+        print("hyper-t5: error:", " ".join(message.split()), file=sys.stderr, flush=True)
     if code in ALL_END_TOGETHER:
         finish()
         sys.stdout.flush()
         os._exit(code)
-    _bide(message)
     _end(code, f"{_name(_run.index)} ended: {' '.join(message.split())}", show=False)
 
 

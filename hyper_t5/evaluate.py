@@ -162,7 +162,8 @@ def evaluate_workdir(
     """
     others = [read_report(path) for path in compare]  # a mistake is told before the long work
     config, m, backbone, params = model.load_run(workdir, overrides, on_mesh=True)
-    out = Path(out) if out else Path(workdir) / "eval" / str(model.step_of(workdir))
+    step = distributed.agree("evaluated", model.step_of(workdir))
+    place = files.as_path(out or Path(workdir) / "eval" / str(step))
     costs = {
         "trained_parameters": model.trained_parameters(m, params),
         "generated_parameters": cost.generated_parameters(m, config),
@@ -174,32 +175,32 @@ def evaluate_workdir(
         return report
     seconds = {"train": cost.training_seconds(workdir), "evaluate": time.monotonic() - began}
     report |= {"workdir": str(workdir), "shots": config.eval.shots, **costs, "seconds": seconds}
-    files.write_json_lines(out / "predictions.jsonl", predictions)
-    files.write_json(out / "metrics.json", report)
+    files.write_json_lines(place / "predictions.jsonl", predictions)
+    files.write_json(place / "metrics.json", report)
     reports = [report, *others]
     print(f"{table(reports)}\n\n{cost_table(reports)}")
-    plot = plots.compare(reports, out / "report.png")
-    print(f"{out / 'metrics.json'}\n{out / 'predictions.jsonl'}\n{plot}")
+    plot = plots.compare(reports, place / "report.png")
+    print(f"{place / 'metrics.json'}\n{place / 'predictions.jsonl'}\n{plot}")
     return report
 
 
 def read_report(path: str | Path) -> dict[str, Any]:
     """A metrics.json, or the newest one of a workdir."""
-    path = Path(path)
-    if path.is_dir():
-        steps = sorted((path / "eval").glob("*/metrics.json"), key=lambda p: p.stat().st_mtime)
+    file = files.as_path(path)
+    if file.is_dir():
+        steps = sorted((file / "eval").glob("*/metrics.json"), key=lambda p: p.stat().mtime)
         if not steps:
             raise UserError(
                 f"{path}: no eval/*/metrics.json in it; run `hyper-t5 evaluate "
                 f"--workdir {path}` first"
             )
-        path = steps[-1]
-    report = files.read_json(path)
+        file = steps[-1]
+    report = files.read_json(file)
     try:
         table([report])
         cost_table([report])
     except (AttributeError, KeyError, TypeError, ValueError):
-        raise UserError(f"{path}: not the metrics of an evaluation") from None
+        raise UserError(f"{file}: not the metrics of an evaluation") from None
     return report
 
 

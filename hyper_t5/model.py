@@ -15,10 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from hyper_t5 import checkpoint, hypermodels, names, sharding, t5, weights, workdir
+from hyper_t5 import checkpoint, files, hypermodels, names, sharding, t5, weights, workdir
 from hyper_t5.adapters import Adapters
 from hyper_t5.config import t5_config
 from hyper_t5.decoding import decode
@@ -335,7 +336,7 @@ def load_run(
     config = workdir.load_config(folder, overrides)
     trains = SYSTEMS[config.system].trains
     if BACKBONE in trains:
-        backbone = _trained_backbone(Path(folder), config)
+        backbone = _trained_backbone(files.as_path(folder), config)
     else:
         backbone = load_backbone(config.backbone.path, config, config.backbone.dtype)
     placement = _placement_to_use(config, overrides) if on_mesh else None
@@ -362,7 +363,7 @@ def _placement_to_use(config: ConfigDict, overrides: Any) -> Placement:
     return sharding.make_placement(mesh)
 
 
-def _trained_backbone(folder: Path, config: ConfigDict) -> Backbone:
+def _trained_backbone(folder: epath.Path, config: ConfigDict) -> Backbone:
     """Of a run that trains one: as in its newest checkpoint, also when it has not ended yet; else
     as it left it, or as it would start.
     """

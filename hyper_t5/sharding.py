@@ -64,7 +64,7 @@ class Placement:
         ``axes`` has a tuple of names where ``shapes`` has an array, or its shape and dtype.
 
         Raises:
-            UserError: a name that `mesh.rules` has no rule for.
+            UserError: a parameter has an axis without a rule; names both.
         """
         return self._each(axes, shapes, lambda spec, shape: spec)
 
@@ -73,22 +73,44 @@ class Placement:
         return self._each(axes, shapes, self._over_data)
 
     def _each(self, axes: Tree, shapes: Tree, change: Any) -> Tree:
-        def leaf(names: Any, array: Any) -> NamedSharding:
-            return self._at(*change(self.cut(names, array.shape), array.shape))
+        def leaf(path: Any, names: Any, array: Any) -> NamedSharding:
+            try:
+                cut = self.cut(names, array.shape)
+            except KeyError as error:
+                raise UserError(
+                    f"mesh.rules has none for the axis {error.args[0]} of parameter {_path(path)}; "
+                    f"add {error.args[0]}= (not cut) or {error.args[0]}=model"
+                ) from None
+            return self._at(*change(cut, array.shape))
 
-        return jax.tree.map(leaf, axes, shapes, is_leaf=lambda x: isinstance(x, tuple))
+        return jax.tree_util.tree_map_with_path(
+            leaf, axes, shapes, is_leaf=lambda x: isinstance(x, tuple)
+        )
+
+    def uneven(self, axes: Tree, shapes: Tree) -> dict[str, int]:
+        """Logical axis -> a size of it that its mesh axis does not divide, and so does not cut."""
+        found = {}
+        leaves = jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, tuple))
+        for names, array in zip(leaves, jax.tree.leaves(shapes), strict=True):
+            for name, size in zip(names, array.shape, strict=True):
+                axis = dict(self.rules).get(name or "", "")
+                if axis and size % self.mesh.shape[axis]:
+                    found[name] = size
+        return found
 
     def _at(self, *cut: Any) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec(*cut))
 
     def cut(self, names: Sequence[str | None], shape: Sequence[int]) -> list[str | None]:
-        """The mesh axis that cuts each dimension: each one once, and only in equal parts."""
+        """The mesh axis that cuts each dimension: each one once, and only in equal parts.
+
+        Raises:
+            KeyError: a name without a rule.
+        """
         rules = dict(self.rules)
         made: list[str | None] = []
         for name, size in zip(names, shape, strict=True):
-            if name is not None and name not in rules:
-                raise UserError(f"mesh.rules has none for the axis {name}; add {name}= (not cut)")
-            axis = rules.get(name or "", "")
+            axis = rules[name] if name is not None else ""
             fits = axis and axis not in made and size % self.mesh.shape[axis] == 0
             made.append(axis if fits else None)
         return made

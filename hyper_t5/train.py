@@ -27,6 +27,7 @@ from hyper_t5 import (
     cost,
     data,
     distributed,
+    files,
     guard,
     losses,
     metrics,
@@ -194,7 +195,7 @@ def train(config: ConfigDict, folder: str | Path, profile: bool = False) -> dict
     can mend, FloatingPointError when the loss is no longer finite (nothing non-finite is saved),
     PreemptedError when the machine is taken away and the run is saved.
     """
-    folder = epath.Path(folder)
+    folder = files.as_path(folder)
     # ------------------------------------------------------------ model, data, optimizer, state
     placement = sharding.make_placement(config.mesh)
     sharding.check_batch(config.data.tasks_per_batch, config.train.microbatches, placement)
@@ -208,7 +209,8 @@ def train(config: ConfigDict, folder: str | Path, profile: bool = False) -> dict
     placed = place_state(m, optimizer, trained)
     state = start_state(optimizer, trained, placed)
     meta = model.meta_of(config, backbone)
-    if checkpoint.latest_step(folder) is not None:
+    # Hosts may see a new folder at different times; one of them decides.
+    if distributed.agree("resume", checkpoint.latest_step(folder)) is not None:
         state = _resume(folder, state, backbone, m)
     first = int(state["step"])
     distributed.say(
@@ -216,6 +218,11 @@ def train(config: ConfigDict, folder: str | Path, profile: bool = False) -> dict
         f"{model.count(frozen):,} are frozen; steps {first} to {config.train.steps} on "
         f"{sharding.describe(placement)}"
     )
+    for name, size in placement.uneven(model.logical_axes(m), model.shapes_of(m)).items():
+        distributed.say(
+            f"warning: mesh.model={config.mesh.model} does not divide {name}={size}, which is "
+            "whole on every device; expect more traffic"
+        )
     if first >= config.train.steps:
         _keep_backbone(folder, m, backbone, state["params"])
         return {}

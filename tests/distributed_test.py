@@ -361,14 +361,14 @@ if os.environ["JAX_PROCESS_ID"] == "1":
     {code}
 try:
     start()
-except Exception as e:
-    print(type(e).__name__, e, file=sys.stderr)
+except d.UserError as e:
     d.leave(2, str(e))
+    print("hyper-t5: error:", e, file=sys.stderr)
     sys.exit(2)
 """
     for result in run_hosts(START + code, devices=1):
         assert result.code == 2, result
-        assert result.stderr.startswith(f"UserError {words}")
+        assert result.stderr.startswith(f"hyper-t5: error: {words}")
         assert "on process 1 (" in result.stderr
         assert result.stderr.count("\n") == 1
 
@@ -430,13 +430,12 @@ def test_who_leaves_tells_the_others_why(who: int) -> None:
     code = f"""
 i = start(heartbeat=60)
 if i == {who}:
-    print("mine", file=sys.stderr)
     d.leave(2, "no\\nsuch file")
 d.barrier("never")
 """
     results = run_hosts(START + code, hosts=3, devices=1, timeout=60)
     assert [result.code for result in results] == [2, 2, 2]
-    assert results.pop(who).stderr == "mine\n"
+    assert results.pop(who).stderr == "hyper-t5: error: no such file\n"
     for result in results:
         assert f"process {who} (" in one_line(result)
         assert result.stderr.endswith(") ended: no such file\n")
