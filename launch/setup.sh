@@ -2,7 +2,7 @@
 # Makes .venv at the root of the repository with the package and its pinned requirements, or finds
 # that nothing has changed since it last did.
 #
-#   bash launch/setup.sh [--extra test|tpu|gpu|beam]...
+#   bash launch/setup.sh [--extra test|tpu|gpu|plan|beam]...
 #
 # PYTHON names the interpreter (default: that of an existing .venv, else python3). uv is used when it
 # is there, else venv and pip. A stamp inside .venv says what was installed and from which files; an
@@ -85,8 +85,8 @@ install() { # install EXTRA...
 main() {
   local extras=()
   while (($#)); do
-    [[ "$1" == --extra && "${2:-}" =~ ^(test|tpu|gpu|beam)$ ]] ||
-      die "cannot read '$*'; usage: bash launch/setup.sh [--extra test|tpu|gpu|beam]..."
+    [[ "$1" == --extra && "${2:-}" =~ ^(test|tpu|gpu|plan|beam)$ ]] ||
+      die "cannot read '$*'; usage: bash launch/setup.sh [--extra test|tpu|gpu|plan|beam]..."
     extras+=("$2")
     shift 2
   done
