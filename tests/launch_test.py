@@ -181,7 +181,8 @@ chmod +x .venv/bin/python
 [ ! -e {home}/no_disk ] || {{ echo "No space left on device"; exit 1; }}
 """
 
-# In place of the package: show WORD... | exit CODE WORKER | count STEPS FOLDER | preempted
+# In place of the package. Its commands: show WORD..., exit CODE WORKER [CODE OF THE OTHERS],
+# count STEPS FOLDER, preempted.
 TOY = """
 import json, os, signal, sys, time
 from pathlib import Path
@@ -197,7 +198,8 @@ elif verb == "exit":
         print("reason of", me)
         sys.exit(int(words[0]))
     print("waiting for the others", flush=True)
-    time.sleep(300)
+    time.sleep(0.5 if words[2:] else 300)
+    sys.exit(int(words[2]))
 elif verb == "preempted":
     sys.exit(75)
 elif verb == "count":
@@ -459,7 +461,7 @@ def test_code_is_replaced_but_not_the_environment(pod: Pod) -> None:
 
 
 def test_mistake_of_the_user_ends_all_and_is_not_repeated(pod: Pod) -> None:
-    launch = pod.run("exit", "2", "0", flags=MAKE)
+    launch = pod.run("exit", "75", "0", "2", flags=MAKE)  # it counts more than a preemption
     assert launch.end() == 2
     assert len(pod.calls("tpu_worker.sh start")) == 2
     assert not pod.processes()
