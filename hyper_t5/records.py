@@ -29,6 +29,7 @@ import numpy as np
 from etils import epath
 
 from hyper_t5.errors import UserError
+from hyper_t5.files import cache_root
 from hyper_t5.taskfile import OnBadRow
 
 HEADER = struct.Struct("<QI")  # the length, and its crc
@@ -203,13 +204,6 @@ def index(file: File, cache_dir: File = "", on_bad_row: OnBadRow = "raise") -> I
         except OSError as error:
             _say_not_kept(str(folder), str(error.strerror))
     return found
-
-
-def cache_root(cache_dir: File) -> Path:
-    """The folder that `data.cache_dir` means."""
-    if os.fspath(cache_dir):
-        return Path(cache_dir).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "hyper_t5"
 
 
 def _keep(found: Index, entry: Path, key: str) -> None:

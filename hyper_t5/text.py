@@ -31,9 +31,9 @@ from typing import IO, Any, Protocol
 import numpy as np
 
 from hyper_t5.errors import UserError
+from hyper_t5.files import cache_root
 from hyper_t5.hosts import slots_of
 from hyper_t5.prompts import LAYOUTS
-from hyper_t5.records import cache_root
 from hyper_t5.taskfile import OnBadRow
 from hyper_t5.vocab import EOS_ID, Vocabulary
 

@@ -229,7 +229,7 @@ def train(config: ConfigDict, folder: str | Path, profile: bool = False) -> dict
     sampler = data.make_sampler(config, backbone.vocab, m.choice.layout)
     if sampler.names:
         meta["tasks"] = _task_names(config, m, sampler)
-    step = make_step(m, optimizer, config, placed)
+    step: Any = make_step(m, optimizer, config, placed)
     key, share = jax.random.key(config.seed), sharding.share_of(placement)
 
     # --------------------------------------------------------------------------------- the loop
@@ -249,6 +249,9 @@ def train(config: ConfigDict, folder: str | Path, profile: bool = False) -> dict
                 batch = sharding.put_batch(mine, placement)
                 if index == first:
                     reporter.know_flops(m, batch)
+                    step = step.lower(state, frozen, batch, key).compile()
+                    # Hosts compile at different speeds; gloo waits half a minute for the others.
+                    distributed.barrier("compiled")
                 state, sums = step(state, frozen, batch, key)
             reporter.count(mine, share[1])
             # Sums are fetched only when a line is due, so that the device never waits for the host.

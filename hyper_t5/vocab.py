@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from hyper_t5.errors import UserError
+from hyper_t5.files import local_copy
 
 PAD_ID = 0
 EOS_ID = 1
@@ -107,7 +108,7 @@ class SentencePieceVocabulary:
     eos_id = EOS_ID
 
     def __init__(self, model_file: str | Path, extra_ids: int = SENTENCEPIECE_EXTRA_IDS) -> None:
-        self.model_file = Path(model_file)
+        self.model_file = local_copy(model_file)
         self.extra_ids = extra_ids
         try:
             self._raw = self.model_file.read_bytes()

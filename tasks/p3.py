@@ -38,6 +38,7 @@ from etils import epath
 
 from hyper_t5 import files, records
 from hyper_t5.errors import UserError
+from hyper_t5.files import cache_root
 from hyper_t5.prompts import show_rule
 from hyper_t5.taskfile import LazyRows, OnBadRow, OnEmpty, Row, TaskRows
 from hyper_t5.tasks.common import register_mixture
@@ -477,7 +478,7 @@ def _check_shard(
     choices = "answer_choices" in task.features
     key = [CHECK_VERSION, index.sha256, len(index.offsets), choices, *policy[:2]]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
-    entry = records.cache_root(policy.cache_dir) / "p3" / name
+    entry = cache_root(policy.cache_dir) / "p3" / name
     if (kept := _load_check(entry, key)) is not None:
         return kept
     if len(index.offsets) >= SAID_FROM:

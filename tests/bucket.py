@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from etils.epath import backend, gpath
+from etils.epath import backend, gpath, stat_utils
 
 Objects = dict[str, bytes]  # `gs://BUCKET/NAME` -> content
 
@@ -81,7 +81,8 @@ class Paths(backend.Backend):
         raise NotImplementedError
 
     def stat(self, path: Any) -> Any:
-        raise NotImplementedError
+        content = self.objects[path]
+        return stat_utils.StatResult(False, len(content), hash(content) % 2**31)
 
 
 class Requests(http.server.BaseHTTPRequestHandler):

@@ -17,7 +17,17 @@ import runs
 from ml_collections import ConfigDict
 
 from hyper_t5 import adapters as ad
-from hyper_t5 import checkpoint, cli, cost, evaluate, model, plots, scores, workdir
+from hyper_t5 import (
+    checkpoint,
+    cli,
+    cost,
+    distributed,
+    evaluate,
+    model,
+    plots,
+    scores,
+    workdir,
+)
 from hyper_t5.decoding import decode
 from hyper_t5.errors import UserError
 from hyper_t5.hypermodels import SYSTEMS
@@ -260,6 +270,22 @@ def test_the_batch_size_changes_nothing(run_of: Any, tmp_path: Path) -> None:
     run = run_of("hyper_prefix")
     _, predictions = judged(run, tmp_path / "whole")
     assert judged(run, tmp_path / "smaller", "--gin.eval.batch=4")[1] == predictions
+
+
+def test_a_preempted_evaluation_is_to_be_started_again(
+    run_of: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def preempted(number: int) -> bool:
+        asked.append(number)
+        return number == 2
+
+    monkeypatch.setattr(distributed, "preempted", preempted)
+    argv = ["evaluate", "--workdir", str(run_of("shared_lora")), "--out", str(tmp_path)]
+    assert "evaluate again" in runs.fails(capsys, *argv, code=75)
+    assert asked == [1, 2]
+    assert not list(tmp_path.iterdir())
 
 
 def test_systems_differ(whole: Any) -> None:

@@ -248,7 +248,8 @@ def test_resume_is_bit_exact_and_compiles_once(
         assert [line["step"] for line in ours] == [1, 2, 3, 4, 5, 6]
         for name in ("step", "loss", "accuracy", "grad_norm", "learning_rate"):
             assert [line[name] for line in ours] == [line[name] for line in theirs]
-    assert [step._cache_size() for step in steps] == [1, 1, 1]
+    # Each run compiled its step ahead, which then takes no other shapes: jit was never called.
+    assert [step._cache_size() for step in steps] == [0, 0, 0]
 
 
 def test_seeds_differ_and_repeat(make: Any, unbroken: Path, tmp_path: Path) -> None:
