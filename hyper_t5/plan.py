@@ -119,6 +119,10 @@ def devices_of(chip: Chip, shape: tuple[int, ...], slices: int = 1) -> list[Any]
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     name = f"{chip.name}:{'x'.join(map(str, shape))}"
     host = [min(side, limit) for side, limit in zip(shape, chip.host, strict=True)]
+    # Left to itself libtpu takes a cube for a mesh without rings, and compiles every all-gather
+    # over one as an all-reduce.
+    rings = chips.wraps(chip, shape)
+    wrap = {"wrap": (*rings, False)[:3]} if any(rings) else {}
     try:
         return topologies.get_topology_desc(
             platform="tpu",
@@ -126,6 +130,7 @@ def devices_of(chip: Chip, shape: tuple[int, ...], slices: int = 1) -> list[Any]
             chip_config_name=chip.config,
             chips_per_host_bounds=(*host, 1)[:3],
             num_slices=slices,
+            **wrap,
         ).devices
     except (RuntimeError, ValueError) as e:
         version = metadata.version("libtpu") if importlib.util.find_spec("libtpu") else "?"
@@ -285,7 +290,7 @@ def analyse(target: Target, program: Program, text: Path | None = None) -> dict[
     lowered = program.function.lower(*program.arguments)
     found: dict[str, Any] = {"fits": True, "memory": memory}
     found["lower_seconds"] = time.monotonic() - began
-    began = time.monotonic()
+    began, busy = time.monotonic(), time.process_time()
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as e:
@@ -295,6 +300,7 @@ def analyse(target: Target, program: Program, text: Path | None = None) -> dict[
         memory |= {"peak": needed, "limit": available or target.chip.limit}
         return found | {"fits": False, "compiler": str(e).strip().splitlines()[0][:300]}
     found["compile_seconds"] = time.monotonic() - began
+    found["compile_cpu_seconds"] = time.process_time() - busy  # whatever else runs here
     memory |= _memory(compiled)
     written = compiled.as_text() or ""
     if text is not None:
@@ -402,52 +408,44 @@ def warnings(target: Target) -> list[str]:
             f"{sizes.num_heads} heads are not a multiple of mesh.model={cut}: attention is not cut "
             "in heads, and gathers what it needs"
         )
-    whole = _left_whole(target)
-    if whole:
-        size = sum(whole.values()) / GIB
-        first = max(whole, key=lambda name: whole[name])
-        told.append(
-            f"{len(whole)} parameters ({size:.2f} GiB) are whole on every chip, because mesh.model="
-            f"{cut} does not divide them; the largest is {first}"
-        )
-    return told
-
-
-def _left_whole(target: Target) -> dict[str, float]:
-    """Bytes of the parameters that a rule would cut over `model` and that do not divide."""
     axes, shapes = model.logical_axes(target.model), _shapes(target)
-    rules = dict(target.placement.rules)
-    found = {}
-    names = jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, tuple))
-    for (path, leaf), logical in zip(
-        jax.tree_util.tree_leaves_with_path(shapes), names, strict=True
-    ):
-        asked = any(rules.get(name or "") == "model" for name in logical)
-        if asked and "model" not in target.placement.cut(logical, leaf.shape):
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
-            found[name] = leaf.size * np.dtype(leaf.dtype).itemsize
-    return found if target.mesh["model"] > 1 else {}
+    return told + [
+        f"mesh.model={cut} does not divide {name}={size}: it is whole on every chip, which costs "
+        "memory and traffic"
+        for name, size in target.placement.uneven(axes, shapes).items()
+        if name != "heads"
+    ]
 
 
 def advice(target: Target, found: Mapping[str, Any]) -> list[str]:
-    """What to change where a training step does not fit, what saves most first."""
-    config, parts = target.config, found["memory"]["arguments"]
-    rest = max(0.0, found["memory"]["peak"] - sum(parts.values()))  # activations, gradients
+    """What to change where a training step does not fit, what saves most first.
+
+    Bytes of arguments are exact; that of activations half are saved by each of these is a rule of
+    thumb, which the next plan checks.
+    """
+    config, memory = target.config, found["memory"]
+    parts, parallel = memory["arguments"], target.placement.parts
+    fixed = sum(parts.values())
+    rest = max(0.0, memory["peak"] - fixed)  # activations, gradients, gathered weights
     changes: list[tuple[float, str]] = []
     if target.model.sizes.remat != "full":
         changes.append((rest / 2, "model.remat=full (a third more FLOPs at most)"))
-    d, parallel = config.data, target.placement.parts
-    if d.tasks_per_batch % (2 * parallel * config.train.microbatches) == 0:
-        twice = 2 * config.train.microbatches
-        changes.append((rest / 2, f"train.microbatches={twice} (the same batch, in parts)"))
-    elif d.tasks_per_batch > parallel:
-        fewer = max(parallel, d.tasks_per_batch // 2 // parallel * parallel)
+    tasks, now = config.data.tasks_per_batch, config.train.microbatches
+    room = max(memory["limit"] - fixed, 1.0)
+    times = 2 ** max(1, math.ceil(math.log2(max(rest / room, 1.0))))
+    while times > 1 and tasks % (times * parallel * now):
+        times //= 2
+    if times > 1:
+        text = f"train.microbatches={times * now} (the same batch, in parts)"
+        changes.append((rest - rest / times, text))
+    elif tasks > parallel:
+        fewer = max(parallel, tasks // 2 // parallel * parallel)
         changes.append((rest / 2, f"data.tasks_per_batch={fewer}"))
     twice = 2 * target.mesh["model"]
     if target.mesh["data"] % 2 == 0 and target.model.sizes.num_heads % twice == 0:
-        weights_ = parts.get("frozen weights", 0.0) + rest / 2
-        changes.append((weights_ / 2, f"mesh.model={twice} (more bytes over ici)"))
-    if config.backbone.dtype == "float32" and "frozen weights" in parts:
+        saved = (parts.get("frozen weights", 0.0) + rest / 2) / 2
+        changes.append((saved, f"mesh.model={twice} (more bytes over ici)"))
+    if config.backbone.dtype == "float32" and parts.get("frozen weights"):
         changes.append((parts["frozen weights"] / 2, "backbone.dtype=bfloat16"))
     if config.optimizer.name == "adamw":
         changes.append((parts.get("optimizer", 0.0), "optimizer.name=adafactor"))
@@ -498,7 +496,7 @@ def plan(
 
 def _too_large(step: str, found: Mapping[str, Any], report: Mapping[str, Any]) -> str:
     memory = found["memory"]
-    remedy = f"; try --gin.{found['advice'][0].partition(':')[0]}" if found.get("advice") else ""
+    remedy = f"; try --gin.{found['advice'][0].split()[0]}" if found.get("advice") else ""
     return (
         f"{step} does not fit: it needs {memory['peak'] / GIB:.2f} GiB and {report['topology']} "
         f"has {memory['limit'] / GIB:.2f} GiB a chip{remedy}"
@@ -588,7 +586,7 @@ def table(step: str, found: Mapping[str, Any], report: Mapping[str, Any]) -> str
         f"  at least {found['step_seconds'] * 1e3:.2f} ms a step ({times}): {found['binds']} "
         f"binds, {found['utilisation']:.0%} of peak",
         f"  lowered in {found['lower_seconds']:.1f} s, compiled in "
-        f"{found['compile_seconds']:.1f} s",
+        f"{found['compile_seconds']:.1f} s ({found['compile_cpu_seconds']:.1f} s of CPU)",
     ]
     if found["unknown_loops"]:
         lines.append(

@@ -50,7 +50,7 @@ LAYERS = [
     ["cost"],
     ["train", "evaluate", "serve"],
     ["describe_show", "plan"],
-    ["describe", "build"],
+    ["describe", "build", "plan_tables"],
     ["seqio_tasks"],
     ["quickstart", "bench"],
     ["cli"],
