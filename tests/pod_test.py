@@ -52,6 +52,7 @@ def losses(folder: Path) -> list[float]:
     return [line["loss"] for line in runs.lines(folder)]
 
 
+@pytest.mark.slow
 def test_two_hosts_do_what_one_does(make: Any, tmp_path: Path) -> None:
     """Both stages and evaluation; the model is cut over the devices of each host."""
     mesh: dict[str, Any] = {"mesh__data": 2, "mesh__model": 4, "system": "hyper_lora"}
@@ -76,9 +77,9 @@ def test_two_hosts_do_what_one_does(make: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", [(8, 1), (1, 8), (4, 2)])
-def test_every_mesh_of_two_hosts(make: Any, tmp_path: Path, mesh: tuple[int, int]) -> None:
-    fields = {"mesh__data": mesh[0], "mesh__model": mesh[1], "system": "hyper_prefix"}
+@pytest.mark.parametrize("mesh", [(8, 1), (1, 8)])
+def test_other_meshes_of_two_hosts(make: Any, tmp_path: Path, mesh: tuple[int, int]) -> None:
+    fields = {"mesh__data": mesh[0], "mesh__model": mesh[1], "system": "shared_lora"}
     for hosts in (1, 2):
         run_hosts(runs.command(make(**fields), tmp_path / str(hosts)), hosts)
     np.testing.assert_allclose(losses(tmp_path / "2"), losses(tmp_path / "1"), rtol=1e-5)
@@ -137,6 +138,7 @@ def test_a_mistake_on_one_host_is_told_by_both(make: Any, tmp_path: Path) -> Non
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_a_bad_step_is_kept_by_all_hosts(make: Any, tmp_path: Path) -> None:
     config = make(system="shared_lora", optimizer__learning_rate=1e38, train__steps=8)
     results = run_hosts(runs.command(config, tmp_path / "run"), code=1)

@@ -74,7 +74,7 @@ def one_and_many() -> dict[str, sharding.Placement]:
     "system",
     [
         "hyper_prefix",
-        "hyperdecoder",
+        pytest.param("hyperdecoder", marks=pytest.mark.slow),
         pytest.param("hyper_lora_plus", marks=pytest.mark.slow),
         pytest.param("hint", marks=pytest.mark.slow),
     ],

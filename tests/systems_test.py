@@ -235,7 +235,8 @@ class Seventh(nn.Module):
 
     @nn.compact
     def __call__(self, ids: jax.Array, tasks: jax.Array, deterministic: bool = True) -> ad.Adapters:
-        table = self.param("table", nn.initializers.normal(1.0), (self.config.emb_dim,))
+        init = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("embed",))
+        table = self.param("table", init, (self.config.emb_dim,))
         states = (jnp.mean(ids, -1)[:, None] * table)[None, :, None]
         tree = {ad.MEMORY: {"states": states, "mask": jnp.ones(states.shape[:3], bool)}}
         return ad.Adapters(tree, ad.AdapterSpec(memory=1))

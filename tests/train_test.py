@@ -508,7 +508,7 @@ def test_bad_data_is_one_line_and_can_be_mended(
     assert expected in runs.fails(capsys, *runs.command(make(data__sni_dir=str(bad)), run))
     assert not list(run.glob("checkpoints/*"))
     # The way out that the messages name, in the same workdir.
-    monkeypatch.setattr(train, "train", lambda *args: {})
+    monkeypatch.setattr(train, "train", lambda *args, **flags: {})
     mended = make(data__sni_dir=str(bad), data__on_long_instruction="truncate")
     assert cli.main(runs.command(mended, run)) == 0
 

@@ -102,7 +102,8 @@ def logical_axes(module: nn.Module) -> Tree:
 
     def names(path: Any, leaf: Any) -> tuple[str | None, ...]:
         if not isinstance(leaf, nn.Partitioned):
-            raise TypeError(f"{jax.tree_util.keystr(path)} has no logical axes")
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise TypeError(f"{name} has no logical axes: see flax's nn.with_logical_partitioning")
         return leaf.names
 
     boxed = jax.eval_shape(functools.partial(_init, module, boxed=True), jax.random.key(0))
