@@ -271,26 +271,43 @@ def _inner(module: Module, op: Op) -> Computation | None:
 def trip_count(module: Module, computation: Computation, loop: Op) -> int | None:
     """How often a loop's body runs, at most; None where that is not written in the program.
 
-    What JAX's scan and fori_loop make: a counter that starts at a constant, is compared with one,
-    and grows by one. A while_loop may have other ends beside that one.
+    What JAX's scan and fori_loop make, and XLA itself: a counter that starts at a constant, is
+    compared with one, and grows by one, or by more where XLA has unrolled the body. A while_loop
+    may have other ends beside that one.
     """
     known = loop.attribute(r"known_trip_count\W+n\W+(\d+)")
     if known:
         return int(known)
     condition = module.computations[loop.attribute(r"condition=%?([\w.\-]+)")]
+    body = module.computations[loop.attribute(r"body=%?([\w.\-]+)")]
     resolve = functools.partial(_constant_in_loop, module, computation, loop)
     counts = []
     for inner, op in _all_ops(module, condition):
         direction = op.attribute(r"direction=(\w+)")
         if op.kind != "compare" or direction not in ("LT", "GT", "LE", "GE"):
             continue
-        sides = [resolve(inner, condition, name) for name in op.operands]
         # The counter is what the loop brings along; its start is what it was given.
-        ends = [s for s in sides if s is not None]
+        ends = [end for name in op.operands if (end := resolve(inner, condition, name)) is not None]
         if len(ends) == 2:
-            low, high = sorted(ends)
-            counts.append(high - low + direction.endswith("E"))
+            low, high = sorted(value for value, _ in ends)
+            each = max(_step(body, place) for _, place in ends)
+            counts.append(-(-(high - low + direction.endswith("E")) // each))
     return min(counts) if counts else None
+
+
+def _step(body: Computation, place: int | None) -> int:
+    """What a turn of a loop adds to the number at a place of its tuple; 1 where it is not said."""
+    root, total = body.ops[body.root], 0
+    if place is None or root.kind != "tuple":
+        return 1
+    op = body.ops.get(root.operands[place])
+    while op is not None and (op.kind == "add" or op.kind in _SAME):
+        if op.kind == "get-tuple-element":
+            break
+        constants = {n: c for n in op.operands if (c := _constant(body, n)) is not None}
+        total += sum(constants.values()) if op.kind == "add" else 0
+        op = next((body.ops.get(n) for n in op.operands if n not in constants), None)
+    return abs(total) or 1
 
 
 def _all_ops(module: Module, computation: Computation) -> Iterator[tuple[Computation, Op]]:
@@ -309,13 +326,16 @@ def _constant_in_loop(
     inner: Computation,
     condition: Computation,
     name: str,
-) -> int | None:
-    """The constant that a value of a loop's condition is, or has at the start of the loop."""
+) -> tuple[int, int | None] | None:
+    """(the constant that a value of a loop's condition is, or has at the start of the loop; its
+    place in what the loop brings along); None where it is neither.
+    """
     op = inner.ops.get(name)
     if op is None:
         return None
     if op.kind == "constant":
-        return int(op.given) if re.fullmatch(r"-?\d+", op.given) else None
+        value = _constant(inner, name)
+        return None if value is None else (value, None)
     again = functools.partial(_constant_in_loop, module, outer, loop)
     if op.kind == "parameter" and inner is not condition:
         # Of a fusion in the condition: what it is called with.
@@ -325,7 +345,8 @@ def _constant_in_loop(
         return None
     if op.kind == "get-tuple-element":
         index = int(op.attribute(r"index=(\d+)"))
-        return _constant(outer, loop.operands[0], index)
+        value = _constant(outer, loop.operands[0], index)
+        return None if value is None else (value, index)
     if op.kind in _SAME:
         return again(inner, condition, op.operands[0])
     return None

@@ -232,6 +232,11 @@ def test_a_slice_is_what_is_read_of_a_stack() -> None:
     assert by_op["loop"] == by_op["w"] == 0
 
 
+def test_a_loop_that_xla_has_unrolled_turns_less_often() -> None:
+    text = LOOP.replace("%one = s32[] constant(1)", "%one = s32[] constant(2)")
+    assert hlo.totals(hlo.parse(text)).flops == 2 * 2 * 8 * 32 * 128  # 0, 2
+
+
 def test_a_loop_of_unknown_length_is_told() -> None:
     text = LOOP.replace("%three = s32[] constant(3)", "%three = s32[] custom-call()")
     totals = hlo.totals(hlo.parse(text))
