@@ -201,20 +201,18 @@ def _arrange(devices: list[jax.Device], sizes: Sequence[int]) -> np.ndarray:
     slices, data, model = sizes
     if devices[0].platform != "tpu":
         return np.array(devices).reshape(sizes)
+    # In the order of their torus, in which XLA's gathers and scatters go along its rings. Sorted by
+    # host they become sums of arrays of zeros, with twice the traffic.
     if slices > 1:
         try:
-            found = mesh_utils.create_hybrid_device_mesh(
+            return mesh_utils.create_hybrid_device_mesh(
                 (1, data, model), (slices, 1, 1), devices, allow_split_physical_axes=True
             )
         except ValueError as error:
             raise UserError(
                 f"mesh.slices={slices}: {error}; set it to the slices there are"
             ) from None
-    else:
-        found = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-    # A host makes one run of a batch's parts, so those that it has a hand in must be neighbours.
-    order = np.argsort([min(d.process_index for d in row) for row in found[0]], kind="stable")
-    return found[:, order]
+    return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
 
 
 def describe(placement: Placement) -> str:
@@ -228,22 +226,25 @@ def describe(placement: Placement) -> str:
 def share_of(placement: Placement, process: int | None = None) -> tuple[int, int]:
     """Which equal share of a batch a process makes: (share, shares), as samplers take them.
 
-    Processes whose devices have the same part of a batch (where `model` spans them) make the same
-    share.
+    A process's devices have some of the batch's parts, and processes that have the same ones (where
+    `model` spans them) make the same share. On a torus these parts may lie apart: `put_batch` deals
+    a share out in their order, so that a batch's rows are the sampler's in another order.
 
     Raises:
-        UserError: the process's devices have parts that are no share.
+        UserError: processes have parts in common, but not all of theirs.
     """
     process = jax.process_index() if process is None else process
-    rows = placement.mesh.devices.reshape(placement.parts, -1)
-    mine = [i for i, row in enumerate(rows) if any(d.process_index == process for d in row)]
-    first, count = mine[0], len(mine)
-    if mine != list(range(first, first + count)) or first % count or len(rows) % count:
+    parts: dict[int, list[int]] = {}
+    for i, row in enumerate(placement.mesh.devices.reshape(placement.parts, -1)):
+        for owner in {device.process_index for device in row}:
+            parts.setdefault(owner, []).append(i)
+    shares = sorted({tuple(mine) for mine in parts.values()})
+    if sum(map(len, shares)) != placement.parts or len({len(share) for share in shares}) > 1:
         raise UserError(
-            f"mesh: process {process} has parts {mine} of {len(rows)} of a batch, which are no "
-            "equal share; choose mesh.model as a divisor or a multiple of a host's devices"
+            f"mesh: processes have parts {', '.join(map(str, shares[:3]))}, ... of a batch, which "
+            "are no equal shares; choose mesh.model as a divisor or a multiple of a host's devices"
         )
-    return first // count, len(rows) // count
+    return shares.index(tuple(parts[process])), len(shares)
 
 
 def check_batch(tasks: int, microbatches: int, placement: Placement) -> None:

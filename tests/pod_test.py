@@ -108,6 +108,31 @@ def test_a_sigterm_to_one_host_and_a_restart_on_another_number_of_hosts(
     assert checkpoint.latest_step(tmp_path / "run") == step + 4
 
 
+def test_a_batch_over_parts_that_lie_apart() -> None:
+    """On a torus a host's devices are no neighbours in the mesh."""
+    code = """
+from hyper_t5 import distributed
+distributed.initialize()
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from hyper_t5 import sharding
+devices = np.array(jax.devices())[[0, 4, 5, 1, 2, 6, 7, 3]].reshape(1, 8, 1)
+placement = sharding.Placement(Mesh(devices, sharding.AXES), ())
+share, shares = sharding.share_of(placement)
+assert (share, shares) == (jax.process_index(), 2)
+mine = np.arange(16)[share * 8 : share * 8 + 8]
+batch = sharding.put_batch({"tasks": mine, "ids": 10 * mine[:, None] + np.arange(3)}, placement)
+whole = sharding.fetch(batch)
+assert sorted(whole["tasks"]) == list(range(16)), whole
+assert whole["tasks"].tolist() != list(range(16)), whole
+np.testing.assert_array_equal(whole["ids"], 10 * whole["tasks"][:, None] + np.arange(3))
+distributed.finish()
+"""
+    for result in procs.run_hosts(code):
+        assert result.code == 0, result
+
+
 def test_a_killed_host_ends_the_other_with_one_line(make: Any, tmp_path: Path) -> None:
     config = make(system="shared_lora", train__steps=5000, train__save_every=5000)
     argv = [*runs.command(config, tmp_path / "run"), "--heartbeat_timeout=4"]

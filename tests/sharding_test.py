@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 import runs
+from jax.sharding import Mesh
 
 from hyper_t5 import model, sharding, train
 from hyper_t5.bench.steps import Shapes, random_batch
@@ -127,6 +129,39 @@ def test_a_parameter_without_a_rule_is_named() -> None:
     m = model.build(config, runs.SIZES, placement(data=2, model=4, rules=rules))
     with pytest.raises(UserError, match=r"the axis joined_kv of parameter \S+/\S+/kernel; add"):
         model.placements(m)
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """As much of a device as a mesh asks for."""
+
+    id: int
+    process_index: int
+    platform: str = "cpu"
+
+
+@pytest.mark.parametrize(
+    ("owners", "sizes", "shares"),
+    [
+        ("00112233", (8, 1), ["0/4", "1/4", "2/4", "3/4"]),
+        ("01012323", (8, 1), ["0/4", "1/4", "2/4", "3/4"]),
+        ("00112233", (2, 4), ["0/2", "0/2", "1/2", "1/2"]),
+        ("01012323", (4, 2), ["0/2", "0/2", "1/2", "1/2"]),
+        ("00112233", (1, 8), ["0/1", "0/1", "0/1", "0/1"]),
+    ],
+)
+def test_shares_of_hosts(owners: str, sizes: tuple[int, int], shares: list[str]) -> None:
+    devices = np.array([Device(i, int(owner)) for i, owner in enumerate(owners)])
+    place = sharding.Placement(Mesh(devices.reshape(1, *sizes), sharding.AXES), ())
+    found = [sharding.share_of(place, process) for process in range(4)]
+    assert [f"{share}/{count}" for share, count in found] == shares
+
+
+def test_hosts_that_share_parts_unequally_are_refused() -> None:
+    devices = np.array([Device(i, int(owner)) for i, owner in enumerate("0111")])
+    place = sharding.Placement(Mesh(devices.reshape(1, 2, 2), sharding.AXES), ())
+    with pytest.raises(UserError, match=r"no equal shares; choose mesh\.model"):
+        sharding.share_of(place, 0)
 
 
 def test_what_a_mesh_does_not_divide_is_known() -> None:
