@@ -540,6 +540,7 @@ def test_the_compiled_program_is_kept_for_a_second_look(report: dict[str, Any]) 
     assert hlo.totals(hlo.parse(text)).flops == report["programs"]["train"]["flops"]
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_decoding_and_generating_are_planned(tmp_path: Path) -> None:
     report = planned("v5e:2x2", ["evaluate", "generate"], tmp_path, mesh__model=2)
@@ -622,11 +623,9 @@ def test_the_documents_tables_are_made_of_plans(
 
 @pytest.mark.slow
 @needs_libtpu
-@pytest.mark.parametrize("size", ["xl", "xxl"])
-def test_a_published_config_at_full_depth(size: str, tmp_path: Path) -> None:
+def test_a_published_config_at_full_depth(tmp_path: Path) -> None:
     config = config_lib.load(
-        f"configs/mtf.py:system=hyper_lora,size={size}",
-        ["data.tasks_per_batch=16", "mesh.model=4"],
+        "configs/mtf.py:system=hyper_lora,size=xl", ["data.tasks_per_batch=16", "mesh.model=4"]
     )
     found = plan.plan(config, "v5p:2x2x2", steps=["train"], out=tmp_path)["programs"]["train"]
     assert found["fits"]
