@@ -146,7 +146,10 @@ class Checkpointer:
             log.error("%s", failure)  # the error on its way is the one to see
 
     def _begin(self, final: epath.Path) -> epath.Path:
-        """The empty folder that all processes write to, made by the first."""
+        """The empty folder that all processes write to, made by the first.
+
+        Here and in `_write` any error is a reason to tell: the others wait for this one's word.
+        """
         folder = final.with_name(f"{final.name}.tmp") if files.is_local(final) else final
         reason = ""
         if distributed.is_first():
@@ -401,7 +404,7 @@ def _remove_quietly(folder: epath.Path) -> None:
             # First to a name that counts for nothing: a kill may come at any moment.
             folder = folder.rename(folder.with_name(f"{folder.name}.old.tmp"))
         _remove(folder)
-    except Exception as error:
+    except Exception as error:  # each file system has errors of its own
         log.info("could not remove %s: %s", folder, _one_line(error))
 
 

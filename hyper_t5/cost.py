@@ -11,7 +11,6 @@ differ by what is elementwise, about 1 %.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -24,8 +23,8 @@ from jax.extend import core
 from ml_collections import ConfigDict
 
 from hyper_t5 import adapters as ad
-from hyper_t5 import files, hypermodels, metrics, model, t5
-from hyper_t5.hypermodels import BACKBONE, HYPERMODEL
+from hyper_t5 import files, metrics, model, t5
+from hyper_t5.hypermodels import BACKBONE
 from hyper_t5.hypermodels.learned import Learned
 
 Tree = dict[str, Any]
@@ -42,7 +41,7 @@ def flops(config: ConfigDict, sizes: t5.T5Config) -> dict[str, float]:
     - ``concatenated``: the same of the plain backbone with the text in front, the yardstick.
     """
     m, d = _unrolled(config, sizes), config.data
-    params = _parameters(m)
+    params = model.shapes_of(m)
     wide, targets = d.hyper_length + d.input_length, _ids(1, d.target_length)
 
     def example(backbone: Tree, adapters: Any, inputs: Any, targets: Any) -> jax.Array:
@@ -82,7 +81,7 @@ def train_flops(m: model.Model, config: ConfigDict, batch: Tree, loss: Callable[
     ``batch`` has arrays, or only their shapes.
     """
     m = model.build(config, dataclasses.replace(m.sizes, remat="none"))
-    params = _parameters(m)
+    params = dict(model.shapes_of(m))
     trained = {branch: params.pop(branch) for branch in m.choice.trains}
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
 
@@ -131,7 +130,7 @@ def _programs(values: Iterable[Any]) -> Iterator[core.Jaxpr]:
 
 def generated_parameters(m: model.Model, config: ConfigDict) -> int:
     """How many numbers the adapters of one task (or one input, where it reads those) have."""
-    emitted = _emitted(m, _parameters(m), config)
+    emitted = _emitted(m, model.shapes_of(m), config)
     return 0 if emitted is None else ad.parameters_per_task(emitted)
 
 
@@ -162,16 +161,6 @@ def _unrolled(config: ConfigDict, sizes: t5.T5Config) -> model.Model:
     layers = max(sizes.num_encoder_layers, sizes.num_decoder_layers)
     sizes = dataclasses.replace(sizes, scan_unroll=layers, remat="none", dtype="float32")
     return model.build(config, sizes)
-
-
-def _parameters(m: model.Model) -> Tree:
-    """Shapes of the backbone's and the hypermodel's parameters."""
-    key = jax.random.key(0)
-    made = {BACKBONE: jax.eval_shape(functools.partial(t5.init_params, m.sizes), key)}
-    if m.hypermodel is not None:
-        init = functools.partial(hypermodels.init_params, m.hypermodel)
-        made[HYPERMODEL] = jax.eval_shape(init, key)
-    return made
 
 
 def _ids(*shape: int) -> jax.ShapeDtypeStruct:

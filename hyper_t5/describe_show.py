@@ -189,7 +189,7 @@ def _speed_lines(speed: Report) -> Iterator[str]:
 # ------------------------------------------------------------------------------------------ plot
 
 
-def plot_lengths(report: Report, file: Path) -> Path:
+def plot_lengths(report: Report, file: Path) -> str | Path:
     """A histogram of lengths for each kind of text, with the config's limit as a line.
 
     Raises:

@@ -167,7 +167,7 @@ def evaluate_workdir(
     others = [read_report(path) for path in compare]  # a mistake is told before the long work
     config, m, backbone, params = model.load_run(workdir, overrides, on_mesh=True)
     step = distributed.agree("evaluated", model.step_of(workdir))
-    place = files.as_path(out or Path(workdir) / "eval" / str(step))
+    place = files.as_path(out or files.as_path(workdir) / "eval" / str(step))
     costs = {
         "trained_parameters": model.trained_parameters(m, params),
         "generated_parameters": cost.generated_parameters(m, config),

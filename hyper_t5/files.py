@@ -60,30 +60,33 @@ def local_copy(path: str | os.PathLike[str]) -> Path:
         return Path(path)
     source = as_path(path)
     try:
-        listing = sorted(_listing(source, ""))
-        if not listing:
-            raise UserError(f"{source}: no such file or folder in the bucket")
-        key = hashlib.sha256(repr([str(source), listing]).encode()).hexdigest()[:16]
-        target = cache_root() / "buckets" / key / source.name
-        if target.exists():
-            return target
-        size = sum(length for _, length, _ in listing)
-        print(f"{source}: copying {size / 1e9:.2f} GB to {target}", flush=True)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            new = Path(folder) / source.name
-            for name, _, _ in listing:
-                place = new / name if name else new
-                place.parent.mkdir(parents=True, exist_ok=True)
-                with (
-                    (source / name if name else source).open("rb") as there,
-                    place.open("wb") as here,
-                ):
-                    shutil.copyfileobj(there, here, 2**24)
-            with contextlib.suppress(OSError):  # another process of this machine was faster
-                new.rename(target)
+        with as_os_error():
+            return _fetched(source)
     except OSError as error:
         raise UserError(f"{source}: cannot be copied from the bucket: {error}") from error
+
+
+def _fetched(source: epath.Path) -> Path:
+    """The copy of `source`, made unless it is there."""
+    listing = sorted(_listing(source, ""))
+    if not listing:
+        raise UserError(f"{source}: no such file or folder in the bucket")
+    key = hashlib.sha256(repr([str(source), listing]).encode()).hexdigest()[:16]
+    target = cache_root() / "buckets" / key / source.name
+    if target.exists():
+        return target
+    size = sum(length for _, length, _ in listing)
+    print(f"{source}: copying {size / 1e9:.2f} GB to {target}", flush=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        new = Path(folder) / source.name
+        for name, _, _ in listing:
+            place = new / name if name else new
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with (source / name if name else source).open("rb") as there, place.open("wb") as here:
+                shutil.copyfileobj(there, here, 2**24)
+        with contextlib.suppress(OSError):  # another process of this machine was faster
+            new.rename(target)
     return target
 
 
@@ -102,23 +105,35 @@ def is_local(path: str | os.PathLike[str]) -> bool:
     return "://" not in os.fspath(path)
 
 
-def read_bytes(file: epath.Path) -> bytes:
-    """All of a file; OSError when it cannot be read, whatever the bucket's client raises."""
+@contextlib.contextmanager
+def as_os_error() -> Iterator[None]:
+    """OSError for whatever a bucket's client raises; each client has errors of its own."""
     try:
-        return file.read_bytes()
-    except OSError:
+        yield
+    except (OSError, UserError):
         raise
     except Exception as error:
         raise OSError(str(error)) from error
 
 
+def read_bytes(file: epath.Path) -> bytes:
+    """All of a file; OSError when it cannot be read."""
+    with as_os_error():
+        return file.read_bytes()
+
+
 def write_bytes(file: epath.Path, content: bytes) -> None:
-    """Writes a file and sees it to the disk; in a bucket, an object is there whole or not."""
-    with file.open("wb") as stream:
-        stream.write(content)
-        if is_local(file):
-            stream.flush()
-            os.fsync(stream.fileno())
+    """Writes a file and sees it to the disk; in a bucket, an object is there whole or not.
+
+    OSError when it cannot be written. Makes its folder.
+    """
+    with as_os_error():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("wb") as stream:
+            stream.write(content)
+            if is_local(file):
+                stream.flush()
+                os.fsync(stream.fileno())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,16 +261,14 @@ def write_text(file: str | os.PathLike[str], text: str) -> None:
     path = as_path(file)
     new = path.with_name(f".{path.name}.{os.getpid()}") if is_local(path) else path
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(new, text.encode("utf-8"))
         if new != path:
             new.replace(path)
-    except Exception as error:
+    except OSError as error:
         if new != path:
             with contextlib.suppress(OSError):
                 new.unlink()
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot write {file}: {reason}") from error
+        raise UserError(f"cannot write {file}: {error.strerror or error}") from error
 
 
 @contextlib.contextmanager
@@ -315,7 +328,7 @@ def _copied(target: epath.Path) -> Iterator[Path]:
         try:
             for file in made:
                 write_bytes(target / file.name, file.read_bytes())
-        except Exception as error:  # each bucket's client has errors of its own
+        except OSError as error:
             raise UserError(f"{target}: could not be written: {error}; run it again") from error
 
 

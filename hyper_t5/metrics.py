@@ -17,7 +17,7 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -147,7 +147,7 @@ class _Bucket:
 
     def fetch(self, name: str) -> None:
         """Copy a file of the bucket, if it is there, to this machine."""
-        with _as_os_error():
+        with files.as_os_error():
             if (self._folder / name).exists():
                 (self.copy / name).write_bytes(files.read_bytes(self._folder / name))
 
@@ -159,9 +159,7 @@ class _Bucket:
             if self._sent.get(file) == len(content):
                 continue
             place = self._folder / file.relative_to(self.copy)
-            with _as_os_error():
-                place.parent.mkdir(parents=True, exist_ok=True)
-                files.write_bytes(place, content)
+            files.write_bytes(place, content)
             self._sent[file] = len(content)
 
     def send_if_due(self) -> None:
@@ -172,17 +170,6 @@ class _Bucket:
             self.send()
         except OSError as error:
             log.warning("%s: not reached, will be tried again: %s", self._folder, error)
-
-
-@contextlib.contextmanager
-def _as_os_error() -> Iterator[None]:
-    """Each client of a bucket raises errors of its own."""
-    try:
-        yield
-    except OSError:
-        raise
-    except Exception as error:
-        raise OSError(str(error)) from error
 
 
 class _Board:

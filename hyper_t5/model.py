@@ -107,8 +107,11 @@ class Model:
         return logits, emitted
 
 
+@functools.lru_cache(maxsize=8)
 def logical_axes(m: Model) -> Tree:
     """{branch: tree} of the logical axis names of every parameter, `layers` first where stacked.
+
+    Traced once a model; as `shapes_of`, not to be changed.
 
     Raises:
         TypeError: a parameter without names.
@@ -119,12 +122,14 @@ def logical_axes(m: Model) -> Tree:
     return axes
 
 
+@functools.lru_cache(maxsize=8)
 def shapes_of(m: Model, dtype: str = "float32") -> Tree:
     """{branch: tree} of the shapes that parameters have; ``dtype`` is that of a frozen backbone."""
     shapes: Tree = {BACKBONE: jax.eval_shape(lambda: t5.init_params(m.sizes, jax.random.key(0)))}
     if BACKBONE not in m.choice.trains:
-        cast = functools.partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, dtype))
-        shapes[BACKBONE] = cast(shapes[BACKBONE])
+        shapes[BACKBONE] = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes[BACKBONE]
+        )
     if m.hypermodel is not None:
         shapes[HYPERMODEL] = shapes_of_hypermodel(m)
     return shapes

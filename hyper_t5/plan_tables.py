@@ -140,7 +140,7 @@ def markdown(reports: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def draw(reports: Mapping[str, Mapping[str, Any]], path: Path) -> Path:
+def draw(reports: Mapping[str, Mapping[str, Any]], path: Path) -> str | Path:
     """What a step costs a chip as the pod and the batch grow: seconds, memory, bytes sent."""
     import matplotlib
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hyper_t5 import files
 from hyper_t5.errors import UserError
 
 
 def compare(
     reports: Sequence[dict[str, Any]], path: str | Path, metric: str = "strict_match"
-) -> Path:
+) -> str | Path:
     """Bars of one metric, a group a split and a bar a system (reports of ``evaluate``)."""
     import matplotlib
 
@@ -44,10 +46,10 @@ def compare(
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.tight_layout()
-    return save(figure, Path(path))
+    return save(figure, path)
 
 
-def quality_by_cost(points: Mapping[str, tuple[float, float]], path: str | Path) -> Path:
+def quality_by_cost(points: Mapping[str, tuple[float, float]], path: str | Path) -> str | Path:
     """A labelled point a system: (MFLOPs per example, on a logarithmic scale, exact match in %)."""
     import matplotlib
 
@@ -81,7 +83,7 @@ def quality_by_cost(points: Mapping[str, tuple[float, float]], path: str | Path)
     axes.set_ylabel("exact match, %")
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
-    return save(figure, Path(path))
+    return save(figure, path)
 
 
 def _near(points: Mapping[str, tuple[float, float]], ratio: float = 1.2) -> list[list[str]]:
@@ -95,7 +97,7 @@ def _near(points: Mapping[str, tuple[float, float]], ratio: float = 1.2) -> list
     return [sorted(group, key=lambda name: points[name][1]) for group in groups]
 
 
-def ratios(bars: Mapping[str, float], path: str | Path) -> Path:
+def ratios(bars: Mapping[str, float], path: str | Path) -> str | Path:
     """One bar a ratio (``bench``), on a logarithmic scale around 1: to the right is better."""
     import matplotlib
 
@@ -115,18 +117,18 @@ def ratios(bars: Mapping[str, float], path: str | Path) -> Path:
     axes.set_xlabel("times better than what it is measured against")
     axes.spines[["top", "right", "left"]].set_visible(False)
     figure.tight_layout()
-    return save(figure, Path(path))
+    return save(figure, path)
 
 
-def save(figure: Any, path: Path) -> Path:
-    """Writes a figure and closes it; UserError where it cannot be written."""
+def save(figure: Any, path: str | Path) -> str | Path:
+    """Writes a figure, here or to a bucket, and closes it; UserError where it cannot be written."""
     from matplotlib import pyplot
 
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=120)
+    pyplot.close(figure)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=120)
+        files.write_bytes(files.as_path(path), drawn.getvalue())
     except OSError as e:
-        raise UserError(f"cannot write {path}: {e.strerror}") from e
-    finally:
-        pyplot.close(figure)
+        raise UserError(f"cannot write {path}: {e.strerror or e}") from e
     return path

@@ -162,8 +162,8 @@ def place_state(m: Model, optimizer: optax.GradientTransformation, params: Tree)
     """The shardings of a training state, from (the shapes of) the trained parameters."""
     placement = m.placement
     assert placement is not None
-    axes = model.logical_axes(m)
-    where = {k: placement.stored(axes[k], v) for k, v in params.items()}
+    placed = model.placements(m)
+    where = {branch: placed[branch] for branch in params}
     opt_shapes = jax.eval_shape(optimizer.init, params)
     return {
         "params": where,
@@ -191,9 +191,9 @@ def train(config: ConfigDict, folder: str | Path, profile: bool = False) -> dict
     """Run one stage to ``train.steps``, resuming from the workdir's newest checkpoint.
 
     Every process of a run calls it. ``profile``: trace a few steps (``watch.Profile``). Returns the
-    last metrics. Raises UserError for what the user
-    can mend, FloatingPointError when the loss is no longer finite (nothing non-finite is saved),
-    PreemptedError when the machine is taken away and the run is saved.
+    last metrics. Raises UserError for what the user can mend, FloatingPointError when the loss is
+    no longer finite (nothing non-finite is saved), PreemptedError when the machine is taken away
+    and the run is saved.
     """
     folder = files.as_path(folder)
     # ------------------------------------------------------------ model, data, optimizer, state

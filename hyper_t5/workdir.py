@@ -118,9 +118,10 @@ def hold(workdir: str | os.PathLike[str]) -> Iterator[None]:
 
 def _make(folder: epath.Path) -> None:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except Exception as e:  # each file system has errors of its own
-        raise UserError(f"--workdir {folder}: {getattr(e, 'strerror', '') or e}") from None
+        with files.as_os_error():
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"--workdir {folder}: {e.strerror or e}") from None
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import runs
 
-from hyper_t5 import files, model
+from hyper_t5 import files, model, plots
 from hyper_t5.errors import UserError
 
 
@@ -82,3 +82,28 @@ def test_a_backbone_and_its_vocabulary(objects: bucket.Objects, tmp_path: Path) 
     here = model.load_backbone(folder, config)
     assert there.vocab.identity() == here.vocab.identity()
     jax.tree.map(np.testing.assert_array_equal, there.params, here.params)
+
+
+def test_a_figure(objects: bucket.Objects) -> None:
+    from matplotlib import pyplot
+
+    plots.save(pyplot.figure(), "gs://runs/eval/report.png")
+    assert objects["gs://runs/eval/report.png"].startswith(b"\x89PNG")
+
+
+@pytest.mark.usefixtures("objects")
+def test_errors_of_the_buckets_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    class ForbiddenError(Exception):
+        """As clients of buckets have: no OSError."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise ForbiddenError("403 no access")
+
+    for name in ("open", "isdir", "exists"):
+        monkeypatch.setattr(bucket.Paths, name, refuse)
+    with pytest.raises(UserError, match=r"copied from the bucket: 403 no access"):
+        files.local_copy("gs://models/t5")
+    with pytest.raises(UserError, match=r"cannot write gs://runs/a.json: 403"):
+        files.write_json("gs://runs/a.json", {})
+    with pytest.raises(UserError, match=r"gs://runs/a.json: cannot be read \(403"):
+        files.read_json("gs://runs/a.json")

@@ -178,6 +178,11 @@ def test_the_table_is_not_too_wide() -> None:
     assert len(table.splitlines()[0]) <= 115
 
 
+def _drawn(points: dict[str, tuple[float, float]], path: Path) -> bytes:
+    plots.quality_by_cost(points, path)
+    return path.read_bytes()
+
+
 def test_points_of_quality_and_cost(tmp_path: Path) -> None:
     first, second = synthetic.HELD_OUT
     flops = {"per_task": 3e6, "per_example": 10e6, "concatenated": 99e6}
@@ -186,11 +191,11 @@ def test_points_of_quality_and_cost(tmp_path: Path) -> None:
     points = {"a": (10.0, 0.0), "b": (11.0, 0.0), "c": (10.5, 99.0), "d": (60.0, 99.0)}
     assert plots._near(points) == [["a", "b", "c"], ["d"]]
     pictures = {
-        plots.quality_by_cost(shown, tmp_path / "costs.png").read_bytes()
+        _drawn(shown, tmp_path / "costs.png")
         for shown in (points, points | {"d": (60.0, 50.0)}, points | {"e": (12.0, 0.0)})
     }
     named = {name.upper(): point for name, point in points.items()}
-    pictures.add(plots.quality_by_cost(named, tmp_path / "costs.png").read_bytes())
+    pictures.add(_drawn(named, tmp_path / "costs.png"))
     assert len(pictures) == 4
 
 
