@@ -546,6 +546,8 @@ def test_decoding_and_generating_are_planned(tmp_path: Path) -> None:
     report = planned("v5e:2x2", ["evaluate", "generate"], tmp_path, mesh__model=2)
     evaluated, generated = (report["programs"][step] for step in ("evaluate", "generate"))
     for found in (evaluated, generated):
+        # All weights lie there, whichever of them a program reads.
+        assert found["memory"]["peak"] > sum(found["memory"]["arguments"].values())
         assert found["fits"]
         assert found["unknown_loops"] == 0
         assert found["memory"]["peak"] < found["memory"]["limit"] == 15.75 * GIB
