@@ -120,6 +120,51 @@ def ratios(bars: Mapping[str, float], path: str | Path) -> str | Path:
     return save(figure, path)
 
 
+def break_even(curves: Sequence[Mapping[str, Any]], path: str | Path) -> str | Path:
+    """Milliseconds an example by inputs a task, a panel each, and a mark where an arm pays.
+
+    ``curves`` are those of ``bench.measure.Curve``, as dictionaries.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = list(dict.fromkeys(curve["panel"] for curve in curves))
+    figure, grid = pyplot.subplots(1, len(panels), figsize=(1 + 5 * len(panels), 4), squeeze=False)
+    for axes, panel in zip(grid[0], panels, strict=True):
+        _curves(axes, [curve for curve in curves if curve["panel"] == panel])
+        axes.set_title(panel, fontsize=10)
+    axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    figure.tight_layout()
+    return save(figure, path)
+
+
+def _curves(axes: Any, curves: Sequence[Mapping[str, Any]]) -> None:
+    """Points that were measured; a line by what a generation and a row take in the outer two."""
+    import numpy as np
+
+    for index, curve in enumerate(curves):
+        counts, times = np.array(curve["counts"]), 1e3 * np.array(curve["seconds"])
+        once = (times[0] - times[-1]) / (1 / counts[0] - 1 / counts[-1])
+        n, color = np.geomspace(counts[0], counts[-1], 100), f"C{index}"
+        axes.plot(n, times[-1] + once * (1 / n - 1 / counts[-1]), color=color, linewidth=1)
+        axes.plot(counts, times, "o", color=color, label=curve["arm"])
+        if (pays := curve["break_even"]) is not None and pays >= counts[0]:
+            axes.axvline(pays, color=color, linestyle=":", linewidth=1)
+    level = 1e3 * curves[0]["baseline_seconds"]
+    axes.axhline(level, color="black", linestyle="--", label=curves[0]["baseline"])
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.tick_params(axis="y", which="minor", labelsize=7)
+    axes.set_xlabel("inputs a task")
+    axes.set_ylabel("milliseconds an example")
+    axes.spines[["top", "right"]].set_visible(False)
+
+
 def save(figure: Any, path: str | Path) -> str | Path:
     """Writes a figure, here or to a bucket, and closes it; UserError where it cannot be written."""
     from matplotlib import pyplot

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import runs
 
-from hyper_t5 import bench, cli
-from hyper_t5.bench import measure
+from hyper_t5 import bench, cli, plots, t5
+from hyper_t5.bench import measure, serving
 
 
 def test_a_slower_arm_is_worse_and_turns_alternate() -> None:
@@ -38,6 +40,28 @@ def test_rates_and_memory_count_amounts() -> None:
     assert (row.value, row.baseline_value, row.ratio) == (1, 4, 4)
 
 
+def test_adapters_break_even_where_their_generation_is_paid_back(tmp_path: Path) -> None:
+    """A generation of 2 s, rows of 0.1 s, and 0.5 s a row with the text in front: 5 inputs."""
+    setting = serving.Setting(t5.preset("tiny"), 32, 8, 2)
+    generation, row = np.array([2.0, 2.0, 1.6]), 0.1
+    each = {f"x {n}": generation / n + row for n in serving.COUNTS}
+    costs = {"per_task": 60.0, "concatenated": 30.0, "per_example": 10.0}
+    curve = serving._curve(setting, "x", {**each, serving.TEXT: np.full(3, 0.5)}, costs)
+    assert curve.break_even == pytest.approx(5)
+    assert (curve.low, curve.high) == pytest.approx((4, 5))
+    assert curve.by_flops == 3
+    assert curve.seconds == pytest.approx([2.1, 0.3, 0.12])
+    plots.break_even([dataclasses.asdict(curve)] * 2, tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > 1000
+
+    front = np.array([0.5, 0.5, 0.05])  # the last round says never
+    curve = serving._curve(setting, "x", {**each, serving.TEXT: front}, costs)
+    assert curve.break_even is None
+    assert curve.high is None
+    assert curve.low == pytest.approx(5)
+    assert "never" in serving._told(curve)
+
+
 def test_an_unknown_benchmark_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "speed"]) == 2
     assert "benchmark" in capsys.readouterr().err
@@ -61,4 +85,5 @@ def test_each_runs_and_writes_its_table(name: str, tmp_path: Path) -> None:
     named = {row["arm"] for row in result["rows"]} | {row["baseline"] for row in result["rows"]}
     text = (tmp_path / "bench.md").read_text()
     assert all(arm in text for arm in named)
-    assert (tmp_path / "bench.png").stat().st_size > 1000
+    picture = "break_even.png" if result["curves"] else "bench.png"
+    assert (tmp_path / picture).stat().st_size > 1000

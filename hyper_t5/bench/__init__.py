@@ -25,6 +25,7 @@ BENCHES = {
     "frozen": ("training", "frozen"),
     "torch": ("against_torch", "torch"),
     "examples": ("training", "examples"),
+    "serving": ("serving", "serving"),
     "data": ("pipeline", "data"),
     "packing": ("pipeline", "packing"),
     "scaling": ("pipeline", "scaling"),
@@ -53,8 +54,8 @@ def main(
 ) -> None:
     """Run the benchmarks (none named: all), print a table each, write them to ``out``.
 
-    Writes bench.json, bench.md and bench.png. Raises UserError for an unknown name, or for what a
-    benchmark has to say of the user's data.
+    Writes bench.json, bench.md and bench.png, and break_even.png of what has curves. Raises
+    UserError for an unknown name, or for what a benchmark has to say of the user's data.
     """
     from hyper_t5.files import write_json, write_text
 
@@ -72,12 +73,13 @@ def main(
     write_json(folder / "bench.json", {"results": [dataclasses.asdict(r) for r in results]})
     write_text(folder / "bench.md", "# hyper-t5 bench\n\n" + "\n".join(map(measure.table, results)))
     print(f"wrote {folder / 'bench.json'}, {folder / 'bench.md'}", end="")
-    rows = [row for result in results for row in result.rows]
-    if rows:
-        from hyper_t5 import plots
+    from hyper_t5 import plots
 
-        bars = {f"{row.what}: {row.arm}": row.ratio for row in rows}
+    bars = {f"{row.what}: {row.arm}": row.ratio for r in results if not r.curves for row in r.rows}
+    if bars:
         print(",", plots.ratios(bars, folder / "bench.png"), end="")
+    if curves := [dataclasses.asdict(curve) for result in results for curve in result.curves]:
+        print(",", plots.break_even(curves, folder / "break_even.png"), end="")
     print()
 
 

@@ -31,6 +31,27 @@ class Row:
     high: float
 
 
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """Seconds an example by ``counts`` of inputs a task, and the inputs from where on it pays.
+
+    ``break_even`` is the median over the rounds, ``low`` and ``high`` are its extremes, None stands
+    for never; ``by_flops`` is what the FLOPs alone would make it. ``panel`` names what all curves
+    of one picture have in common.
+    """
+
+    panel: str
+    arm: str
+    baseline: str
+    counts: list[int]
+    seconds: list[float]
+    baseline_seconds: float
+    break_even: float | None
+    low: float | None
+    high: float | None
+    by_flops: float | None
+
+
 @dataclasses.dataclass
 class Result:
     """One benchmark's table, with what one must know to read it."""
@@ -39,12 +60,15 @@ class Result:
     title: str
     notes: list[str]
     rows: list[Row] = dataclasses.field(default_factory=list)
+    curves: list[Curve] = dataclasses.field(default_factory=list)
     skipped: str = ""
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> Result:
         """The inverse of ``dataclasses.asdict``."""
-        return cls(**{**content, "rows": [Row(**row) for row in content["rows"]]})
+        rows = [Row(**row) for row in content["rows"]]
+        curves = [Curve(**curve) for curve in content["curves"]]
+        return cls(**{**content, "rows": rows, "curves": curves})
 
 
 def in_turns(
@@ -98,11 +122,15 @@ def rate_row(
     )
 
 
+def exact_row(what: str, unit: str, sizes: Mapping[str, float], arm: str, baseline: str) -> Row:
+    """Numbers that do not vary; half as many is a ratio of 2."""
+    value, other = sizes[arm], sizes[baseline]
+    return Row(what, unit, arm, value, baseline, other, *[other / value] * 3)
+
+
 def memory_row(what: str, sizes: Mapping[str, int], arm: str, baseline: str) -> Row:
     """Bytes; half as many is a ratio of 2."""
-    ratio = sizes[baseline] / sizes[arm]
-    value, other = sizes[arm] / 2**20, sizes[baseline] / 2**20
-    return Row(what, "MiB", arm, value, baseline, other, ratio, ratio, ratio)
+    return exact_row(what, "MiB", {k: v / 2**20 for k, v in sizes.items()}, arm, baseline)
 
 
 def machine() -> str:
