@@ -1,11 +1,14 @@
 """Greedy and beam decoding with a key-value cache; stops when every row has ended.
 
-Semantics are T5X's ``decoding.temperature_sample(topk=1)`` and ``decoding.beam_search``: the first
-decoder input is 0, a row ends with EOS, zeros follow. Shapes: B rows, L inputs, S steps, K beams.
+Semantics are T5X's ``decoding.temperature_sample`` and ``decoding.beam_search``: the first decoder
+input is 0, a row ends with EOS, zeros follow. Here a batch decodes whole, in one program, also on a
+mesh of many hosts; ``engine`` decodes rows without end and samples too.
+Shapes: B rows, L inputs, S steps, K beams, V vocabulary.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -13,10 +16,62 @@ import jax
 import jax.numpy as jnp
 
 from hyper_t5.adapters import Adapters
+from hyper_t5.errors import UserError
 from hyper_t5.t5 import T5, DecodeState, T5Config
 
 Array = jax.Array
-NEVER = -1e7  # log-probability of a beam that must not win
+NEVER = -1e7  # log-probability of a beam that must not win, or a token that must not be drawn
+MIN_TEMPERATURE = 1e-4  # below it the likeliest token is taken
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn; a temperature of 0 takes the likeliest.
+
+    The logits are divided by ``temperature``; then only the ``top_k`` likeliest tokens stay, or the
+    fewest of the likeliest whose probabilities sum to ``top_p`` (Holtzman et al. 2020); 0: all.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise UserError(f"temperature is {self.temperature}; it must be 0 (greedy) or more")
+        if self.top_k < 0 or not 0 <= self.top_p <= 1:
+            raise UserError(
+                f"top_k is {self.top_k} and top_p {self.top_p}; they must be 0 or more, and 0 to 1"
+            )
+        if self.top_k and self.top_p:
+            raise UserError("top_k and top_p: give one of them")
+        if self.temperature < MIN_TEMPERATURE and (self.top_k or self.top_p):
+            raise UserError("top_k and top_p say what is drawn from: give a temperature too")
+
+
+def sample(logits: Array, sampling: Sampling, key: Array, rows: Array, steps: Array) -> Array:
+    """Tokens [B] of logits [B, V].
+
+    What is drawn depends on key, row number and step [B] alone, not on what else is in the batch.
+    """
+    if sampling.temperature < MIN_TEMPERATURE:
+        return jnp.argmax(logits, -1).astype(jnp.int32)
+    logits /= sampling.temperature
+    if sampling.top_k:
+        least = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))[0][:, -1:]
+        logits = jnp.where(logits < least, NEVER, logits)
+    if sampling.top_p:
+        ordered = -jnp.sort(-logits)
+        probs = jax.nn.softmax(ordered)
+        kept = jnp.cumsum(probs, -1) - probs < sampling.top_p  # before this one it is not enough
+        least = jnp.min(jnp.where(kept, ordered, jnp.inf), -1, keepdims=True)
+        logits = jnp.where(logits < least, NEVER, logits)
+
+    def draw(row: Array, step: Array, one: Array) -> Array:
+        return jax.random.categorical(jax.random.fold_in(jax.random.fold_in(key, row), step), one)
+
+    return jax.vmap(draw)(rows, steps, logits).astype(jnp.int32)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "steps", "beam_size", "alpha", "eos_id"))

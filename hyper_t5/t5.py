@@ -284,22 +284,35 @@ class RelativeBias(nn.Module):
     config: T5Config
     bidirectional: bool
 
-    @nn.compact
-    def __call__(self, queries: int, keys: int, offset: int | Array = 0) -> Array:
-        """float32 [H, queries, keys]; query i stands ``offset + i`` places after key 0."""
+    def setup(self) -> None:
         c = self.config
         init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
         init = nn.with_logical_partitioning(init, ("heads", "relpos_buckets"))
-        table = self.param("rel_embedding", init, (c.num_heads, c.relpos_buckets), jnp.float32)
+        shape = (c.num_heads, c.relpos_buckets)
+        self.rel_embedding = self.param("rel_embedding", init, shape, jnp.float32)
+
+    def __call__(self, queries: int, keys: int, offset: int | Array = 0) -> Array:
+        """float32 [H, queries, keys]; query i stands ``offset + i`` places after key 0.
+
+        An offset [B], each row's own, gives [B, H, queries, keys].
+        """
         if isinstance(offset, int):
             diagonal = np.arange(1 - queries, keys) - offset
+            table = jnp.asarray(self.rel_embedding)
             return expand_diagonals(table[:, self._buckets(diagonal)], queries)
-        # A step of decoding: the offset is traced, so look buckets up by distance; all distances
-        # from max_distance on share the last one.
+        # A step of decoding: the offset is traced.
+        distance = jnp.arange(queries)[:, None] - jnp.arange(keys)[None, :]
+        bias = self.at(offset[..., None, None] + distance)
+        return bias if bias.ndim == 3 else jnp.moveaxis(bias, 0, 1)
+
+    def at(self, distance: Array) -> Array:
+        """float32 [H, ...] of the distances [...] from key to query, which need not be constants.
+
+        By a table of all distances: those from max_distance on share the last one.
+        """
         farthest = self.config.relpos_max_distance
         buckets = jnp.asarray(self._buckets(-np.arange(farthest + 1)))
-        distance = offset + jnp.arange(queries)[:, None] - jnp.arange(keys)[None, :]
-        return jnp.asarray(table)[:, buckets[jnp.clip(distance, 0, farthest)]]
+        return jnp.asarray(self.rel_embedding)[:, buckets[jnp.clip(distance, 0, farthest)]]
 
     def _buckets(self, relative: np.ndarray) -> np.ndarray:
         c = self.config
@@ -551,12 +564,18 @@ class Encoder(nn.Module):
 
 @struct.dataclass
 class DecodeState:
-    """What step-by-step decoding carries. S is the longest output."""
+    """What step-by-step decoding carries. S is the longest output.
+
+    With ``begun`` rows may begin at different steps: the cache is then a ring, in which step i
+    writes place i modulo S for all rows alike, and a row sees the places since it began. T5 knows
+    only distances, so a row need not know where in the ring it is.
+    """
 
     self_kv: Any  # (keys, values) [N, B, S, H, K]
     cross: Any  # (keys, values [N, B, M, H, K], prefix [N, T, P, H, K] or None), computed once
     memory_mask: Array  # [B, M]
     index: Array  # int32 scalar: the next position to write
+    begun: Array | None = None  # int32 [B]: the step that was each row's first; None: 0 for all
 
 
 class Decoder(nn.Module):
@@ -627,10 +646,16 @@ class Decoder(nn.Module):
         self, x: Array, state: DecodeState, adapters: Adapters | None
     ) -> tuple[Array, DecodeState]:
         """One position, x [B, 1, D] -> [B, 1, D] and the state after it."""
-        steps = state.self_kv[0].shape[2]
-        seen = jnp.arange(steps)[None, None, :] <= state.index  # [1, 1, S]
-        bias = self.relpos_bias(1, steps, state.index) + mask_bias(seen)
-        prefix_bias = _prefix_bias(self.relpos_bias, adapters, "dec_self", 1, state.index)
+        steps, index, own = state.self_kv[0].shape[2], state.index, state.index
+        if state.begun is None:
+            seen = jnp.arange(steps)[None, None, :] <= index  # [1, 1, S]
+            bias = self.relpos_bias(1, steps, index) + mask_bias(seen)
+        else:
+            own, index = index - state.begun, index % steps
+            distance = (index - jnp.arange(steps)) % steps  # [S]
+            seen = distance <= own[:, None, None]  # [B, 1, S]
+            bias = self.relpos_bias.at(distance)[:, None] + mask_bias(seen)
+        prefix_bias = _prefix_bias(self.relpos_bias, adapters, "dec_self", 1, own)
         layer = {
             "adapters": _stack_adapters(adapters, _DECODER_SITES),
             "self": state.self_kv,
@@ -644,7 +669,7 @@ class Decoder(nn.Module):
             bias,
             memory_bias,
             prefix_bias,
-            state.index,
+            index,
             True,
         )
         return self.decoder_norm(x), dataclasses.replace(
