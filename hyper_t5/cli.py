@@ -164,16 +164,29 @@ def _adapt(args: argparse.Namespace) -> None:
 
 
 def _predict(args: argparse.Namespace) -> None:
-    from hyper_t5 import serve
+    if bool(args.backbone) == bool(args.workdir) or (args.adapter and args.workdir):
+        raise UserError("predict: give --backbone and --adapter, or --workdir and --task")
+    if args.task and args.backbone:
+        raise UserError("predict: --task goes with --workdir, whose hypermodel makes its adapter")
+    from hyper_t5 import predict, serve
+    from hyper_t5.decoding import Sampling
 
-    serve.predict(
-        args.backbone,
-        args.adapter,
+    options = serve.Options(
+        args.batch,
+        args.max_decode_length,
+        args.beam_size,
+        Sampling(args.temperature, args.top_k, args.top_p, args.seed),
+        args.max_input_length,
+        args.on_long,
+    )
+    predict.predict(
         args.input,
         args.output,
-        batch=args.batch,
-        max_decode_length=args.max_decode_length,
-        beam_size=args.beam_size,
+        options,
+        backbone=args.backbone or "",
+        adapters=args.adapter,
+        workdir=args.workdir or "",
+        tasks=args.task,
     )
 
 
@@ -228,9 +241,24 @@ def _index(text: str) -> int:
     return int(text)
 
 
+def _float(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
+
+
 def _number(name: str, default: int, help: str) -> Flag:
     help += f" (default: {default})"
     return name, {"type": _positive, "default": default, "metavar": "N", "help": help}
+
+
+def _whole(name: str, help: str) -> Flag:
+    return name, {"type": _index, "default": 0, "metavar": "N", "help": f"{help} (default: 0)"}
+
+
+def _real(name: str, help: str) -> Flag:
+    return name, {"type": _float, "default": 0.0, "metavar": "X", "help": f"{help} (default: 0)"}
 
 
 _WORKDIR = _path("--workdir", "folder of the run: config.json, checkpoints/, metrics")
@@ -463,18 +491,57 @@ COMMANDS = {
         ],
     ),
     "predict": Command(
-        "Outputs of a frozen backbone with one adapter, or with several in one batch",
+        "Outputs of a file of inputs with one adapter, or with many in one batch; goes on after a "
+        "stop",
         "hyper-t5 predict --backbone t5_base --adapter my_adapter --input rows.jsonl "
         "--output out.jsonl",
         _predict,
         [
-            _path("--backbone", "folder of the backbone that the adapters were made for"),
-            _path("--adapter", "a native adapter folder; repeat it for several", action="append"),
+            _path(
+                "--backbone",
+                "folder of the backbone that the adapters were made for",
+                required=False,
+            ),
+            _path(
+                "--adapter",
+                'a native adapter folder; repeat it for several, which rows name as "adapter"',
+                required=False,
+                action="append",
+                default=[],
+            ),
+            _path(
+                "--workdir",
+                "instead: folder of a run that makes adapters, and keeps them in it",
+                required=False,
+            ),
+            _path(
+                "--task",
+                "with it: a task file, or a folder of them; repeat it for several, which rows name "
+                'as "task"',
+                metavar="FILE",
+                required=False,
+                action="append",
+                default=[],
+            ),
             _path("--input", 'a jsonl file of rows with an "input" each', metavar="FILE"),
             _path("--output", "the jsonl file to write", metavar="FILE"),
-            _number("--batch", 32, "rows in a batch"),
+            _number("--batch", 32, "most rows that decode at a time"),
             _number("--max-decode-length", 128, "most tokens in an output"),
-            _number("--beam-size", 1, "1 is greedy"),
+            _number("--beam-size", 1, "1 is greedy, or sampling"),
+            _real("--temperature", "draw tokens, from logits divided by this; 0 takes the best"),
+            _whole("--top-k", "draw among so many likeliest tokens; 0: all"),
+            _real("--top-p", "draw among the likeliest that sum to this probability; 0: all"),
+            _whole("--seed", "of what is drawn; an output depends on it and its line alone"),
+            _whole("--max-input-length", "most tokens of an input; 0: as the adapter was trained"),
+            (
+                "--on-long",
+                {
+                    "choices": ["truncate", "refuse"],
+                    "default": "truncate",
+                    "help": "cut the end of a longer one, and tell how many, or refuse the file "
+                    "(default: truncate)",
+                },
+            ),
         ],
     ),
     "export": Command(

@@ -122,15 +122,16 @@ def read_bytes(file: epath.Path) -> bytes:
         return file.read_bytes()
 
 
-def write_bytes(file: epath.Path, content: bytes) -> None:
+def write_bytes(file: epath.Path, content: bytes | Iterable[bytes]) -> None:
     """Writes a file and sees it to the disk; in a bucket, an object is there whole or not.
 
-    OSError when it cannot be written. Makes its folder.
+    OSError when it cannot be written. Makes its folder. ``content`` may come in pieces.
     """
     with as_os_error():
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("wb") as stream:
-            stream.write(content)
+            for piece in [content] if isinstance(content, bytes) else content:
+                stream.write(piece)
             if is_local(file):
                 stream.flush()
                 os.fsync(stream.fileno())
@@ -248,8 +249,8 @@ def write_json(file: str | os.PathLike[str], content: Mapping[str, Any]) -> None
 
 
 def write_json_lines(file: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Writes one JSON object a line; see `write_text`."""
-    write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    """Writes one JSON object a line, as they come; see `write_text`."""
+    _replace(file, (f"{json.dumps(row, ensure_ascii=False)}\n".encode() for row in rows))
 
 
 def write_text(file: str | os.PathLike[str], text: str) -> None:
@@ -258,10 +259,14 @@ def write_text(file: str | os.PathLike[str], text: str) -> None:
     Raises:
       UserError: it cannot be written (no space, no right to); an earlier file is as it was.
     """
+    _replace(file, text.encode())
+
+
+def _replace(file: str | os.PathLike[str], content: bytes | Iterable[bytes]) -> None:
     path = as_path(file)
     new = path.with_name(f".{path.name}.{os.getpid()}") if is_local(path) else path
     try:
-        write_bytes(new, text.encode("utf-8"))
+        write_bytes(new, content)
         if new != path:
             new.replace(path)
     except OSError as error:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from hyper_t5 import config as config_lib
-from hyper_t5 import cost, evaluate, files, plots, serve, train, workdir
+from hyper_t5 import cost, evaluate, files, plots, predict, serve, train, workdir
 from hyper_t5.hypermodels import SYSTEMS
 from hyper_t5.overrides import Override, choose
 from hyper_t5.tasks import synthetic
@@ -150,7 +150,8 @@ def _use(out: Path, run: Path, backbone: Path, systems: Sequence[str]) -> dict[s
     made = {}
     if "hyper_prefix" in systems:
         made["adapter"] = serve.adapt(run / "hyper_prefix", task_file, out / "adapter")
-        serve.predict(backbone, [made["adapter"]], rows, outputs, max_decode_length=8)
+        options = serve.Options(max_decode_length=8)
+        predict.predict(rows, outputs, options, backbone=backbone, adapters=[made["adapter"]])
         print(f"\n== {name}: {task['Definition'][0]}")
         for line, row in zip(outputs.read_text().splitlines(), task["Instances"], strict=False):
             print(

@@ -222,10 +222,14 @@ def read_task_file(path: str | Path) -> tuple[str, list[Example]]:
     Raises:
         UserError: names file and field; also when there is neither instruction nor example.
     """
-    raw, where = read_json(path), str(path)
+    return parse_task_file(read_json(path), Path(path).stem, str(path))
+
+
+def parse_task_file(raw: Mapping[str, Any], name: str, where: str) -> tuple[str, list[Example]]:
+    """`read_task_file` of the parsed JSON; `where` is what errors call it."""
     if "Definition" in raw or "Positive Examples" in raw or "Instances" in raw:
         if "Instances" in raw:
-            task = parse_sni_task(raw, Path(path).stem, where, on_empty="keep")
+            task = parse_sni_task(raw, name, where, on_empty="keep")
             return task.instruction, list(task.examples)
         examples = _examples(raw, "Positive Examples", where, "raise", Counter())
         return _definition(raw, where)[0], list(examples)

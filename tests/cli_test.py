@@ -12,6 +12,7 @@ import pytest
 
 import hyper_t5
 from hyper_t5 import cli
+from hyper_t5.decoding import Sampling
 from hyper_t5.errors import UserError
 
 pytestmark = pytest.mark.smoke
@@ -36,7 +37,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[Any, ...], d
         "train.train",
         "evaluate.evaluate_workdir",
         "serve.adapt",
-        "serve.predict",
+        "predict.predict",
+        "serve.Options",
         "serve.export",
         "bench.main",
         "plan.plan",
@@ -102,7 +104,7 @@ def test_the_example_of_help_is_accepted(
     if command in ("train", "plan"):
         argv[argv.index("--config") + 1] = f"{MTF}:system=hyper_lora,size=base"
     assert cli.main(argv) == 0
-    assert len(calls) == 1
+    assert len([name for name, _, _ in calls if name != "serve.Options"]) == 1
 
 
 @pytest.mark.parametrize(
@@ -124,6 +126,13 @@ def test_the_example_of_help_is_accepted(
         (["train", "--config", MTF, "--workdir=w", "--gin_file=no.gin"], "cannot read no.gin"),
         (["adapt", "--gin.seed=3"], "--gin.seed=3: adapt takes no config"),
         (["adapt", "--workdir=w", "--task=t", "--out=o", "--format=hf"], "invalid choice: 'hf'"),
+        (["predict", "--input=i", "--output=o"], "give --backbone and --adapter, or --workdir"),
+        (["predict", "--input=i", "--output=o", "--backbone=b", "--task=t"], "--task goes with"),
+        (
+            ["predict", "--input=i", "--output=o", "--backbone=b", "--top-k=3", "--top-p=0.5"],
+            "top_k and top_p: give one",
+        ),
+        (["predict", "--temperature=warm"], "--temperature: expected a number, got 'warm'"),
         (["predict", "--batch=0"], "--batch: expected a whole number of 1 or more, got '0'"),
         (["evaluate", "--workdir=w", "--gin.eval.batch"], "needs its value in the same word"),
     ],
@@ -211,29 +220,27 @@ def test_adapt_prints_the_path(calls: list[Any], capsys: pytest.CaptureFixture[s
 
 
 def test_predict_takes_several_adapters(calls: list[Any]) -> None:
-    assert (
-        cli.main(
-            [
-                "predict",
-                "--backbone=b",
-                "--adapter=x",
-                "--adapter=y",
-                "--input=i",
-                "--output=o",
-                "--batch=4",
-                "--beam-size",
-                "2",
-            ]
-        )
-        == 0
-    )
-    assert calls == [
-        (
-            "serve.predict",
-            (Path("b"), [Path("x"), Path("y")], Path("i"), Path("o")),
-            {"batch": 4, "max_decode_length": 128, "beam_size": 2},
-        )
-    ]
+    argv = "predict --backbone=b --adapter=x --adapter=y --input=i --output=o --batch=4"
+    assert cli.main([*argv.split(), "--beam-size", "2"]) == 0
+    (_, options, _), (name, arguments, named) = calls
+    assert options == (4, 128, 2, Sampling(), 0, "truncate")
+    assert (name, arguments[:2]) == ("predict.predict", (Path("i"), Path("o")))
+    assert named == {
+        "backbone": Path("b"),
+        "adapters": [Path("x"), Path("y")],
+        "workdir": "",
+        "tasks": [],
+    }
+
+
+def test_predict_draws_and_makes_adapters_of_tasks(calls: list[Any]) -> None:
+    argv = "predict --workdir=w --task=a.json --task=b --input=i --output=o --temperature=0.7"
+    argv += " --top-p=0.9 --seed=3 --max-input-length=64 --on-long=refuse"
+    assert cli.main(argv.split()) == 0
+    (_, options, _), (_, _, named) = calls
+    assert options == (32, 128, 1, Sampling(0.7, 0, 0.9, 3), 64, "refuse")
+    assert named["tasks"] == [Path("a.json"), Path("b")]
+    assert named["workdir"] == Path("w")
 
 
 @pytest.mark.parametrize(

@@ -198,8 +198,8 @@ def test_the_way_to_peft_runs_as_it_stands(
     for package in ("torch", "transformers", "peft"):
         pytest.importorskip(package, reason=f"{package} is not installed (setup.py, extra 'test')")
     every = blocks(README.read_text(encoding="utf-8"))
-    programs = [b.text for b in every if b.language == "python" and "PeftModel" in b.text]
-    assert programs
+    programs = [b.text for b in every if b.language == "python"]
+    assert all(name in "".join(programs) for name in ("PeftModel", "hyper_t5.load"))
     monkeypatch.chdir(tmp_path)
     runs.quickstart_steps(Path("runs/quickstart"), monkeypatch)
     shell = "\n".join(b.text for b in every if b.language == "bash")

@@ -15,7 +15,7 @@ import runs
 from flax import linen as nn
 
 from hyper_t5 import adapters as ad
-from hyper_t5 import checkpoint, data, evaluate, model, serve, t5, weights
+from hyper_t5 import checkpoint, data, evaluate, model, predict, serve, t5, weights
 from hyper_t5 import config as config_lib
 from hyper_t5.errors import UserError
 from hyper_t5.hypermodels import BACKBONE, SYSTEMS, System
@@ -129,13 +129,12 @@ def test_predict_answers_as_evaluate_does(root: Path, system: str, tmp_path: Pat
     rows = [{"input": r["input"], "adapter": r["task"]} for r in expected]
     given = tmp_path / "rows.jsonl"
     given.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    serve.predict(
-        backbone_of(root, system),
-        adapted(root, system),
+    predict.predict(
         given,
         tmp_path / "out.jsonl",
-        batch=4,
-        max_decode_length=4,
+        serve.Options(batch=4, max_decode_length=4),
+        backbone=backbone_of(root, system),
+        adapters=adapted(root, system),
     )
     made = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [row["output"] for row in made] == [row["prediction"] for row in expected]
@@ -218,9 +217,9 @@ def test_inputs_may_say_their_task_themselves(root: Path, tmp_path: Path) -> Non
     expected = [json.loads(x) for x in (step / "predictions.jsonl").read_text().splitlines()]
     given = tmp_path / "rows.jsonl"
     given.write_text("".join(json.dumps({"input": row["input"]}) + "\n" for row in expected))
-    serve.predict(
-        root / "backbone", [tmp_path / "adapter"], given, tmp_path / "out", max_decode_length=4
-    )
+    options = serve.Options(max_decode_length=4)
+    folders = [tmp_path / "adapter"]
+    predict.predict(given, tmp_path / "out", options, backbone=root / "backbone", adapters=folders)
     made = [json.loads(line)["output"] for line in (tmp_path / "out").read_text().splitlines()]
     assert made == [row["prediction"] for row in expected]
 
