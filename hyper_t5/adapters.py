@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from hyper_t5 import files
+from hyper_t5 import files, tensors
 from hyper_t5.errors import UserError
 
 ATTENTION_SITES = ("enc_self", "dec_self", "dec_cross")
@@ -300,7 +300,7 @@ def save(
     flat = {k: np.asarray(v) for k, v in _flatten(tree).items()}
     header = {"format": FORMAT, "spec": adapters.spec.to_dict(), "meta": meta}
     with files.replaced_folder(folder, (SPEC_FILE, TENSOR_FILE)) as fresh:
-        files.write_safetensors(fresh / TENSOR_FILE, flat)
+        tensors.write_safetensors(fresh / TENSOR_FILE, flat)
         files.write_json(fresh / SPEC_FILE, header)
     return Path(folder)
 
@@ -324,8 +324,8 @@ def load(
         raise UserError(
             f"{folder / SPEC_FILE}: not an adapter spec ({e}); make it again with `hyper-t5 adapt`"
         ) from None
-    tensors = files.open_safetensors(folder / TENSOR_FILE)
-    flat = {name: tensor.read() for name, tensor in tensors.items()}
+    stored = tensors.open_safetensors(folder / TENSOR_FILE)
+    flat = {name: tensor.read() for name, tensor in stored.items()}
     tree: dict[str, Any] = {}
     for name, value in flat.items():
         node = tree

@@ -190,6 +190,24 @@ def _predict(args: argparse.Namespace) -> None:
     )
 
 
+def _convert(args: argparse.Namespace) -> None:
+    import json
+
+    from hyper_t5 import model, weights
+
+    made = weights.convert(
+        model.backbone_folder(args.input),
+        args.out,
+        args.to,
+        kind=args.from_,
+        dtype=args.dtype,
+        scanned=args.scanned,
+        vocab=args.vocab,
+        say=lambda line: print(f"convert: {line}", file=sys.stderr, flush=True),
+    )
+    print(json.dumps(made))
+
+
 def _export(args: argparse.Namespace) -> None:
     from hyper_t5 import serve
 
@@ -544,21 +562,79 @@ COMMANDS = {
             ),
         ],
     ),
+    "convert": Command(
+        "Weights of a T5 from T5X, Hugging Face or our format into another, checked; prints JSON",
+        "hyper-t5 convert --input gs://t5-data/pretrained_models/t5x/t5_1_1_lm100k_base/"
+        "checkpoint_1100000 --to native --vocab spiece.model --out t5_base",
+        _convert,
+        [
+            (
+                "--input",
+                {
+                    "required": True,
+                    "metavar": "DIR",
+                    "help": "what to read, local or gs://; or the workdir of a run that trained a "
+                    "backbone",
+                },
+            ),
+            _path("--out", "the folder to make, with convert.json, which is what is printed"),
+            (
+                "--to",
+                {
+                    "required": True,
+                    "choices": ["t5x", "hf", "native"],
+                    "help": "T5X's Checkpointer reads it, transformers reads it, or it is ours",
+                },
+            ),
+            (
+                "--from",
+                {
+                    "dest": "from_",
+                    "choices": ["t5x", "hf", "native"],
+                    "default": "",
+                    "help": "what --input must be (default: found out)",
+                },
+            ),
+            (
+                "--dtype",
+                {
+                    "choices": ["float32", "bfloat16"],
+                    "default": "",
+                    "help": "of the weights written (default: as they are)",
+                },
+            ),
+            (
+                "--scanned",
+                {
+                    "action": "store_true",
+                    "help": "with t5x: the tree of scalable_t5, whose layers are scanned",
+                },
+            ),
+            (
+                "--vocab",
+                {
+                    "default": "",
+                    "metavar": "FILE",
+                    "help": "the SentencePiece model, or bytes, where --input has no vocabulary, "
+                    "as T5X's checkpoints",
+                },
+            ),
+        ],
+    ),
     "export": Command(
-        "An adapter as a PEFT folder, merged into its backbone, or the backbone alone; prints the "
-        "path",
+        "An adapter as a PEFT folder, or merged into its backbone; prints the path",
         "hyper-t5 export --adapter my_adapter --out my_peft --format peft --backbone t5_base",
         _export,
         [
-            _path("--adapter", "a native adapter folder", required=False),
+            _path("--adapter", "a native adapter folder"),
             _path("--out", "the folder to make"),
             (
                 "--format",
                 {
-                    "choices": ["peft", "merged", "backbone"],
+                    "choices": ["peft", "merged"],
                     "required": True,
-                    "help": "adapter files for peft; a whole Hugging Face T5 with LoRA merged "
-                    "in; or that T5 without it, for peft to load the adapter onto",
+                    "help": "adapter files for peft; or a whole Hugging Face T5 with LoRA merged "
+                    "in (that T5 without it: hyper-t5 convert --to hf)",
                 },
             ),
             _path("--backbone", "folder of the backbone that the adapter was made for"),

@@ -28,9 +28,10 @@ from flax import traverse_util
 
 from hyper_t5.adapters import Adapters, AdapterSpec, LoraSpec, check, num_layers, targets_of
 from hyper_t5.errors import UserError
-from hyper_t5.files import replaced_folder, write_json, write_safetensors
+from hyper_t5.files import replaced_folder, write_json
 from hyper_t5.names import Params, hf_name
 from hyper_t5.t5 import T5Config
+from hyper_t5.tensors import write_safetensors
 
 PEFT_CONFIG = "adapter_config.json"
 PEFT_TENSORS = "adapter_model.safetensors"

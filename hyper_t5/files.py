@@ -1,4 +1,4 @@
-"""Files that hold weights: safetensors read lazily, JSON, and folders that appear whole or not.
+"""Files and folders, here or in a bucket: JSON, text, and folders that appear whole or not.
 
 A run's folder may lie on this machine or in a bucket, `gs://BUCKET/NAME`: `as_path` takes either,
 and `read_bytes`, `write_bytes`, `read_json` and the writers of text go through it.
@@ -7,28 +7,19 @@ and `read_bytes`, `write_bytes`, `read_json` and the writers of text go through 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import functools
 import hashlib
 import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from etils import epath
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from hyper_t5.errors import UserError
-
-Shape = tuple[int, ...]
-READ_ERRORS = (OSError, ValueError, SafetensorError)
-_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
 
 def as_path(path: str | os.PathLike[str]) -> epath.Path:
@@ -135,80 +126,6 @@ def write_bytes(file: epath.Path, content: bytes | Iterable[bytes]) -> None:
             if is_local(file):
                 stream.flush()
                 os.fsync(stream.fileno())
-
-
-@dataclasses.dataclass(frozen=True)
-class Tensor:
-    """One array of a checkpoint that has not been read yet; `file` is where it lies."""
-
-    file: str
-    shape: Shape
-    dtype: str
-    load: Callable[[], np.ndarray]
-
-    def read(self) -> np.ndarray:
-        """The values; UserError naming the file when they cannot be had."""
-        try:
-            return self.load()
-        except READ_ERRORS as error:
-            # Tensorstore appends its whole specification to what it says.
-            reason = str(error).split(" [tensorstore_spec")[0]
-            raise UserError(
-                f"{self.file}: cannot be read: {reason}; copy the checkpoint again"
-            ) from error
-
-
-def open_safetensors(file: Path) -> dict[str, Tensor]:
-    """What a .safetensors file holds; shapes come from its header, values are read on demand.
-
-    Raises:
-      UserError: the file is missing, truncated or another kind of file.
-    """
-    try:
-        handle = safe_open(str(file), framework="np")
-        slices = {name: handle.get_slice(name) for name in list(handle.keys())}
-    except FileNotFoundError as error:
-        raise UserError(f"{file}: does not exist; the folder is incomplete") from error
-    except READ_ERRORS as error:
-        raise UserError(
-            f"{file}: is truncated or not a safetensors file ({error}); copy it again"
-        ) from error
-    return {
-        name: Tensor(
-            file=str(file),
-            shape=tuple(part.get_shape()),
-            dtype=_DTYPES.get(part.get_dtype(), part.get_dtype()),
-            load=functools.partial(handle.get_tensor, name),
-        )
-        for name, part in slices.items()
-    }
-
-
-def write_safetensors(
-    file: Path, arrays: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None
-) -> None:
-    """Writes arrays to a .safetensors file, reads them back and compares.
-
-    Raises:
-      UserError: what is on disk is not what was given.
-    """
-    # save_file takes any array's memory as it lies: a transposed view would be written scrambled,
-    # without a word (safetensors 0.8).
-    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    save_file(arrays, str(file), metadata)
-    written = open_safetensors(file)
-    same = written.keys() == arrays.keys() and all(
-        written[name].shape == array.shape
-        and np.array_equal(as_bytes(written[name].read()), as_bytes(array))
-        for name, array in arrays.items()
-    )
-    if not same:
-        raise UserError(f"{file}: what was read back differs from what was written")
-
-
-def as_bytes(array: np.ndarray) -> np.ndarray:
-    """The memory of an array in C order, as uint8 [bytes]: NaNs and bf16 compare like the rest."""
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
 def read_json(file: str | os.PathLike[str]) -> dict[str, Any]:
@@ -318,7 +235,7 @@ def _moved(target: epath.Path) -> Iterator[Path]:
             shutil.rmtree(old)
         else:
             new.rename(target)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise UserError(f"{target}: could not be written: {error}; nothing was changed") from error
     finally:
         if new is not None:
@@ -329,19 +246,22 @@ def _moved(target: epath.Path) -> Iterator[Path]:
 def _copied(target: epath.Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as place:
         yield Path(place)
-        made = sorted(Path(place).iterdir(), key=lambda file: -file.stat().st_size)
+        made = [file for file in Path(place).rglob("*") if file.is_file()]
         try:
-            for file in made:
-                write_bytes(target / file.name, file.read_bytes())
+            for file in sorted(made, key=lambda file: -file.stat().st_size):
+                there = target / file.relative_to(place).as_posix()
+                with as_os_error(), file.open("rb") as source, there.open("wb") as stream:
+                    shutil.copyfileobj(source, stream, 2**24)
         except OSError as error:
             raise UserError(f"{target}: could not be written: {error}; run it again") from error
 
 
 def _finish(folder: Path) -> None:
     """Flushes the files of a folder to disk and gives it the mode of an ordinary new folder."""
-    for file in folder.iterdir():
-        with file.open("rb") as stream:
-            os.fsync(stream.fileno())
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
     umask = os.umask(0)
     os.umask(umask)
     folder.chmod(0o777 & ~umask)  # mkdtemp made it private

@@ -166,16 +166,33 @@ class Backbone:
     sizes: t5.T5Config
     params: Tree
     vocab: Vocabulary
+    known_digest: str = ""  # of params, where they came with it
+
+    @property
+    def digest(self) -> str:
+        """``names.digest`` of the parameters."""
+        return self.known_digest or names.digest(self.params)
 
 
-def load_backbone(path: str | Path, config: ConfigDict, dtype: str = "float32") -> Backbone:
+def load_backbone(
+    path: str | Path,
+    config: ConfigDict,
+    dtype: str = "float32",
+    placement: Placement | None = None,
+) -> Backbone:
     """Read ``path`` (native, T5X or Hugging Face folder, or the workdir of a run that trained it).
 
     The folder decides sizes and, where it has one, vocabulary; ``config.model`` only how to compute
-    (dtype, remat, dropout).
+    (dtype, remat, dropout). With a placement its parameters are on the devices, never whole on the
+    host; without one they are numpy's.
     """
     path = backbone_folder(path)
-    sizes, params, identity = weights.load_backbone(path, dtype=dtype)
+    digest = ""
+    if placement is None:
+        sizes, params, identity = weights.load_backbone(path, dtype=dtype)
+    else:
+        where = functools.partial(_where_backbone, config, placement)
+        sizes, params, identity, digest = weights.load_sharded(path, where, dtype=dtype)
     how = {k: config.model[k] for k in ("dtype", "remat", "dropout_rate", "scan_unroll")}
     vocab = load_vocab(identity, path) if identity else _config_vocab(config)
     if vocab.size > sizes.vocab_size:
@@ -183,7 +200,15 @@ def load_backbone(path: str | Path, config: ConfigDict, dtype: str = "float32") 
             f"{path}: embeds {sizes.vocab_size} ids, but data.vocab "
             f"{config.data.vocab or 'of the mixture'} has {vocab.size}; give its own"
         )
-    return Backbone(dataclasses.replace(sizes, **how), params, vocab)
+    return Backbone(dataclasses.replace(sizes, **how), params, vocab, digest)
+
+
+def _where_backbone(config: ConfigDict, placement: Placement, sizes: t5.T5Config) -> Tree:
+    """The shardings of a backbone of these sizes: as stored where it is trained."""
+    stored = BACKBONE in SYSTEMS[config.system].trains
+    shapes = jax.eval_shape(lambda: t5.init_params(sizes, jax.random.key(0)))
+    way = placement.stored if stored else placement.computed
+    return way(t5.logical_axes(sizes), shapes)
 
 
 def backbone_folder(path: str | Path) -> Path:
@@ -242,7 +267,10 @@ def start(
     trains = SYSTEMS[config.system].trains
     backbone = (
         load_backbone(
-            config.backbone.path, config, "float32" if BACKBONE in trains else config.backbone.dtype
+            config.backbone.path,
+            config,
+            "float32" if BACKBONE in trains else config.backbone.dtype,
+            placement,
         )
         if config.backbone.path
         else new_backbone(config)
@@ -295,7 +323,7 @@ def hand_over(path: str | Path, wanted: Tree, backbone: Backbone, frozen: bool =
         backbone.sizes,
         backbone.vocab.identity(),
         meta.get("backbone", {}),
-        digest=names.digest(backbone.params) if frozen else None,
+        digest=backbone.digest if frozen else None,
         where=str(path),
     )
     check_hypermodel(found, wanted, str(path))
@@ -327,10 +355,10 @@ def _shapes(tree: Tree) -> dict[str, tuple[int, ...]]:
 def meta_of(config: ConfigDict, backbone: Backbone) -> dict[str, Any]:
     """What a checkpoint says of itself: config, and which backbone it belongs to."""
     identity = backbone.vocab.identity()
-    return {
-        "config": config.to_dict(),
-        "backbone": weights.backbone_meta(backbone.sizes, identity, backbone.params),
-    }
+    made = weights.backbone_meta(
+        backbone.sizes, identity, backbone.params, digest=backbone.known_digest
+    )
+    return {"config": config.to_dict(), "backbone": made}
 
 
 def load_run(
@@ -343,11 +371,11 @@ def load_run(
     """
     config = workdir.load_config(folder, overrides)
     trains = SYSTEMS[config.system].trains
+    placement = _placement_to_use(config, overrides) if on_mesh else None
     if BACKBONE in trains:
         backbone = _trained_backbone(files.as_path(folder), config)
     else:
-        backbone = load_backbone(config.backbone.path, config, config.backbone.dtype)
-    placement = _placement_to_use(config, overrides) if on_mesh else None
+        backbone = load_backbone(config.backbone.path, config, config.backbone.dtype, placement)
     model = build(config, backbone.sizes, placement)
     params = {BACKBONE: backbone.params}
     if HYPERMODEL in trains and model.hypermodel is not None:

@@ -1,6 +1,6 @@
 """The names and shapes of a T5's arrays: our stacked tree, T5X's per-layer tree, Hugging Face's.
 
-Pure functions of trees, paths and shapes; the files are read and written in weights.py. N layers of
+Pure functions of trees, paths and shapes; the files are read and written in weights/. N layers of
 a stack, D model width, H heads, K head width.
 
     ours           encoder/layers/attention/query/kernel             [N, D, H*K]
@@ -21,8 +21,8 @@ import numpy as np
 from flax import traverse_util
 
 from hyper_t5.errors import UserError
-from hyper_t5.files import Shape, as_bytes
 from hyper_t5.t5 import T5Config
+from hyper_t5.tensors import Shape, as_bytes, blocks
 
 Params = dict[str, Any]
 
@@ -65,6 +65,19 @@ def layer_paths(path: str, shape: Shape) -> dict[str, Shape]:
     if "/layers/" not in path:
         return {path: shape}
     return {path.replace("/layers/", f"/layers_{i}/"): shape[1:] for i in range(shape[0])}
+
+
+def stacked_path(path: str) -> tuple[str, int | None]:
+    """Our path of a per-layer path of T5X, and which layer of it; None: it is of no layer."""
+    if match := LAYER.fullmatch(path):
+        return f"{match[1]}/layers/{match[3]}", int(match[2])
+    return path, None
+
+
+def t5x_paths(config: T5Config) -> list[str]:
+    """Every per-layer path of T5X; those of one stacked array follow each other."""
+    shapes = param_shapes(config).items()
+    return [name for path, shape in shapes for name in layer_paths(path, shape)]
 
 
 def to_t5x(params: Params) -> Params:
@@ -191,7 +204,17 @@ def digest(params: Params) -> str:
     result = hashlib.sha256()
     flat = traverse_util.flatten_dict(to_t5x(params), sep="/")
     for path in sorted(flat):
-        array = np.ascontiguousarray(np.asarray(flat[path]).astype("<f4", copy=False))
-        result.update(f"{path} {list(array.shape)}\n".encode())
-        result.update(as_bytes(array).data)
+        add_to_digest(result, path, np.asarray(flat[path]))
     return result.hexdigest()
+
+
+def add_to_digest(result: Any, path: str, array: np.ndarray) -> None:
+    """Adds one array to a digest in the making; arrays come in the order of their sorted paths."""
+    result.update(digest_head(path, array.shape))
+    for block in blocks(array):
+        result.update(as_bytes(block.astype("<f4", copy=False)).data)
+
+
+def digest_head(path: str, shape: Shape) -> bytes:
+    """What stands before an array's values in a digest."""
+    return f"{path} {list(shape)}\n".encode()

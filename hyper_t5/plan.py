@@ -147,14 +147,7 @@ def backbone_sizes(config: ConfigDict) -> t5.T5Config:
     if not config.backbone.path or not Path(config.backbone.path).exists():
         return sizes
     root = model.backbone_folder(config.backbone.path)
-    kind = weights.detect(root)
-    if kind == "t5x":
-        found = weights._infer_config(weights._t5x_tensors(root), root)  # shapes: arrays stay there
-    elif kind == "native":
-        file = root / "config.json"
-        found = weights._config_from_fields(files.read_json(file).get("model"), file)
-    else:
-        found = weights._config_from_hf(root / "config.json", files.read_json(root / "config.json"))
+    found = weights.read_sizes(root)
     how = ("dtype", "remat", "dropout_rate", "scan_unroll")
     return dataclasses.replace(found, **{k: getattr(sizes, k) for k in how})
 

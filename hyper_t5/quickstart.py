@@ -19,7 +19,18 @@ from typing import Any
 import numpy as np
 
 from hyper_t5 import config as config_lib
-from hyper_t5 import cost, evaluate, files, plots, predict, serve, train, workdir
+from hyper_t5 import (
+    cost,
+    evaluate,
+    files,
+    model,
+    plots,
+    predict,
+    serve,
+    train,
+    weights,
+    workdir,
+)
 from hyper_t5.hypermodels import SYSTEMS
 from hyper_t5.overrides import Override, choose
 from hyper_t5.tasks import synthetic
@@ -163,7 +174,8 @@ def _use(out: Path, run: Path, backbone: Path, systems: Sequence[str]) -> dict[s
             run / "hyper_lora", task_file, out / "adapter_peft", "peft", str(base)
         )
         what = "its backbone in Hugging Face's layout"
-        made[what] = serve.export(None, base, "backbone", backbone)
+        weights.convert(model.backbone_folder(backbone), base, "hf")
+        made[what] = base
     return made
 
 

@@ -212,8 +212,8 @@ class Model:
         report = report or Report()
         if (vocab := self.vocab) is None:
             raise UserError(
-                f"{self.where}: does not say its vocabulary; `hyper-t5 export --format backbone` "
-                "it, put its spiece.model into the folder made, and give that"
+                f"{self.where}: does not say its vocabulary; give what `hyper-t5 convert --to "
+                "native --vocab spiece.model` makes of it"
             )
         encoded = self.encode(rows, options, report, where)
         for part, source, apart in _parts(self, encoded):
@@ -582,7 +582,7 @@ def _of_inputs(base: Model, adapter: Adapter) -> engine.Source:
 
 
 def export(
-    adapter: PathLike | None,
+    adapter: PathLike,
     out: PathLike,
     format: str,
     backbone: PathLike,
@@ -591,18 +591,13 @@ def export(
     """Write an adapter for other tools.
 
     ``peft``: a PEFT folder that names ``base_model`` (default: the backbone's folder). ``merged``:
-    the backbone with LoRA inside, in Hugging Face's layout. ``backbone``: the backbone alone in
-    that layout, for ``PeftModel`` to load the adapter onto.
+    the backbone with LoRA inside, in Hugging Face's layout (`hyper-t5 convert` writes it without).
     """
-    if format != "backbone" and adapter is None:
-        raise UserError(f"--format {format} needs --adapter, the folder that `hyper-t5 adapt` made")
-    base, loaded = load_with(backbone, [adapter] if format != "backbone" and adapter else [])
-    if format != "backbone":
-        _refuse_text(loaded[0].meta, str(adapter))
+    base, loaded = load_with(backbone, [adapter])
+    _refuse_text(loaded[0].meta, str(adapter))
     if format == "peft":
         base_name = base_model or str(backbone)
         return export_lib.export_peft(out, loaded[0].adapters, base.sizes, base_name)
-    merged = format == "merged"
-    params = export_lib.merge_lora(base.params, loaded[0].adapters) if merged else base.params
+    params = export_lib.merge_lora(base.params, loaded[0].adapters)
     weights.save_hf(out, base.sizes, params, base.vocab)
     return Path(out)

@@ -32,7 +32,6 @@ from hyper_t5 import (
     losses,
     metrics,
     model,
-    names,
     optim,
     sharding,
     watch,
@@ -414,7 +413,7 @@ def _task_names(config: ConfigDict, m: Model, sampler: data.Sampler) -> list[str
 
 def _resume(folder: epath.Path, state: State, backbone: model.Backbone, m: Model) -> State:
     meta = checkpoint.read_meta(folder)
-    digest = names.digest(backbone.params) if BACKBONE not in m.choice.trains else None
+    digest = backbone.digest if BACKBONE not in m.choice.trains else None
     weights.check_compatible(
         backbone.sizes,
         backbone.vocab.identity(),

@@ -25,7 +25,7 @@ LAYERS = [
     ["hyper_t5", "errors", "relay"],
     ["distributed"],
     ["overrides"],
-    ["chips", "files"],
+    ["chips", "files", "tensors"],
     [
         "hosts",
         "vocab",
@@ -166,7 +166,7 @@ def test_a_command_line_is_read_before_jax_is_loaded(module: str) -> None:
 
 def test_adapters_know_nobody() -> None:
     ours = imports("hyper_t5.adapters") & SOURCES.keys()
-    assert ours <= {"hyper_t5.errors", "hyper_t5.files"}
+    assert ours <= {"hyper_t5.errors", "hyper_t5.files", "hyper_t5.tensors"}
 
 
 def requirements() -> set[str]:

@@ -296,7 +296,7 @@ def test_adapters_and_backbones_that_do_not_fit(
     assert not output.exists()
     assert not (tmp_path / "x").exists()
     argv = ["export", f"--backbone={backbone}", "--format=peft", f"--out={tmp_path / 'x'}"]
-    assert "--format peft needs --adapter" in runs.fails(capsys, *argv)
+    assert "required: --adapter" in runs.fails(capsys, *argv)
 
 
 # ------------------------------------------------------------------------------------ export
@@ -314,8 +314,7 @@ def test_peft_loads_it_onto_the_exported_backbone(
     import transformers
 
     hf, folder, native = tmp_path / "hf", tmp_path / "peft", made["hyper_lora"]["swap"]
-    argv = [f"--backbone={backbone}", f"--out={hf}", "--format=backbone"]
-    assert cli.main(["export", *argv]) == 0
+    assert cli.main(["convert", f"--input={backbone}", f"--out={hf}", "--to=hf"]) == 0
     if way == "adapt":
         flags = ["--format=peft", f"--base-model={hf}"]
         adapt(run_of["hyper_lora"], task_file(tmp_path, "swap"), folder, *flags)
@@ -517,7 +516,7 @@ def test_no_space_keeps_the_earlier_files(
     adapter = f"--adapter={made['hyper_lora']['copy']}"
     commands = [
         ["adapt", f"--workdir={run_of['hyper_lora']}", f"--task={task}", f"--out={native}"],
-        ["export", f"--backbone={backbone}", "--format=backbone", f"--out={hf}"],
+        ["convert", f"--input={backbone}", "--to=hf", f"--out={hf}"],
         ["predict", f"--backbone={backbone}", adapter, f"--input={rows}", f"--output={out}"],
     ]
     for argv in commands:
@@ -553,6 +552,7 @@ def test_needs_no_tensorflow_and_no_torch(
         ["adapt", f"--workdir={run_of['hyper_lora']}", f"--task={task}", "--out=a"],
         ["predict", f"--backbone={backbone}", f"--adapter={native}", "--input=rows.jsonl"],
         ["export", f"--adapter={native}", f"--backbone={backbone}", "--format=peft", "--out=p"],
+        ["convert", f"--input={backbone}", "--to=t5x", "--out=checkpoint_0"],
     ]
     commands[1] += ["--output=out.jsonl", "--max-decode-length=4", "--batch=6"]
     code = (

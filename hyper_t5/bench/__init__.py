@@ -29,6 +29,7 @@ BENCHES = {
     "data": ("pipeline", "data"),
     "packing": ("pipeline", "packing"),
     "scaling": ("pipeline", "scaling"),
+    "conversion": ("conversion", "conversion"),
 }
 
 

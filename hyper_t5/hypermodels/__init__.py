@@ -126,7 +126,17 @@ def _copy_where_named(params: Tree, source: Tree, placed: bool) -> Tree:
             copied[key] = value
         elif isinstance(value, dict):
             copied[key] = _copy_where_named(value, source[key], placed)
+        elif placed:
+            copied[key] = _copy(source[key], value)
         else:
-            host = np.asarray(source[key], value.dtype)
-            copied[key] = put(host, value.sharding) if placed else jnp.asarray(host)
+            copied[key] = jnp.asarray(np.asarray(source[key], value.dtype))
     return copied
+
+
+def _copy(source: Any, like: jax.Array) -> jax.Array:
+    """``source``, on the host or on devices, as an array of its own where ``like`` lies."""
+    if not isinstance(source, jax.Array):
+        return put(source.astype(like.dtype), like.sharding)
+    # One buffer must not be both frozen and donated to the training step.
+    copy = jax.jit(lambda x: jnp.copy(x).astype(like.dtype), out_shardings=like.sharding)
+    return copy(source)
