@@ -65,7 +65,7 @@ def conversion(options: Options) -> measure.Result:
         f"'{TREE}' reads all weights into memory and then writes them with the same code",
     ]
     result = measure.Result("conversion", "weights from format to format", notes)
-    tiny = _Model("tiny, float32", t5.preset("tiny"), "float32", 2)
+    tiny = _Model("tiny, float32", t5.preset("tiny"), "float32", 1)
     large = [
         _Model("base, float32", t5.preset("base"), "float32", 3),
         _Model("xl, bfloat16", t5.preset("xl"), "bfloat16", 1),
