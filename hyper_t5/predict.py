@@ -23,6 +23,7 @@ import numpy as np
 from hyper_t5 import files, serve
 from hyper_t5.errors import UserError
 from hyper_t5.serve import Adapter, Model, Options
+from hyper_t5.tensors import as_bytes
 
 WINDOW = 64  # batches of rows that are sorted by length together
 ADAPTERS = "adapters"  # in a workdir: what was made of tasks, each under its digest
@@ -215,7 +216,7 @@ def _settings(model: Model, adapters: Mapping[str, Adapter], options: Options) -
     for name, adapter in adapters.items():
         made.update(json.dumps([name, adapter.meta], sort_keys=True).encode())
         for leaf in jax.tree.leaves((adapter.adapters, adapter.hypermodel)):
-            made.update(files.as_bytes(np.asarray(leaf)).data)
+            made.update(as_bytes(np.asarray(leaf)).data)
     return made.hexdigest()
 
 

@@ -33,6 +33,7 @@ from hyper_t5.hypermodels import BACKBONE, HYPERMODEL
 from hyper_t5.prompts import ENCODINGS, format_conditioning, show_rule
 from hyper_t5.t5 import T5Config
 from hyper_t5.taskfile import TaskRows, parse_task_file, read_task_file
+from hyper_t5.tensors import as_bytes
 from hyper_t5.vocab import EOS_ID, Vocabulary, load_vocab
 
 Tree = dict[str, Any]
@@ -454,7 +455,7 @@ def _run_digest(base: Model, run: Run) -> str:
     made = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(run.params.get(HYPERMODEL, {})):
         made.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}\n".encode())
-        made.update(files.as_bytes(np.asarray(leaf)).data)
+        made.update(as_bytes(np.asarray(leaf)).data)
     return _digest([CACHE_FORMAT, parts, _backbone_meta(base), made.hexdigest()])
 
 
