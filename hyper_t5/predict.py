@@ -210,7 +210,7 @@ class _Rows:
 
 def _settings(model: Model, adapters: Mapping[str, Adapter], options: Options) -> str:
     """A digest of what decides the outputs, beside the input."""
-    made = hashlib.sha256(model.digest.encode())
+    made = hashlib.sha256(model.meta["digest"].encode())
     asked = dataclasses.asdict(dataclasses.replace(options, batch=1))
     made.update(json.dumps(asked, sort_keys=True).encode())
     for name, adapter in adapters.items():

@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 
 from hyper_t5 import adapters as ad
 from hyper_t5 import config as config_lib
-from hyper_t5 import engine, files, model, names, weights, workdir
+from hyper_t5 import engine, files, model, weights, workdir
 from hyper_t5 import export as export_lib
 from hyper_t5.decoding import Sampling
 from hyper_t5.errors import UserError
@@ -131,9 +131,9 @@ class Model:
     run: Run | None = None
 
     @functools.cached_property
-    def digest(self) -> str:
-        """Of the backbone's weights; see ``names.digest``."""
-        return names.digest(self.params)
+    def meta(self) -> dict[str, Any]:
+        """What adapters keep of the backbone; once, for its digest is of all weights."""
+        return weights.backbone_meta(self.sizes, self.identity, self.params)
 
     def adapt(self, task: PathLike | Mapping[str, Any] | TaskRows) -> Adapter:
         """The adapter of a task: a file or its content in either form (see ``taskfile``), a task
@@ -185,8 +185,11 @@ class Model:
         """
         if isinstance(inputs, str):
             raise UserError("inputs is one text; give a list of texts")
-        many = [adapter] * len(inputs) if adapter is None or isinstance(adapter, Adapter) else None
-        adapters = list(adapter) if many is None else many  # type: ignore[arg-type]
+        adapters: list[Adapter | None]
+        if adapter is None or isinstance(adapter, Adapter):
+            adapters = [adapter] * len(inputs)
+        else:
+            adapters = list(adapter)
         if len(adapters) != len(inputs):
             raise UserError(f"{len(inputs)} inputs and {len(adapters)} adapters; give one each")
         given = Options(sampling=Sampling(temperature, top_k, top_p, seed), **options)
@@ -217,7 +220,7 @@ class Model:
                 "native --vocab spiece.model` makes of it"
             )
         encoded = self.encode(rows, options, report, where)
-        for part, source, apart in _parts(self, encoded):
+        for part, source, apart in _parts(self, encoded, options.batch):
             tasks = options.batch if apart else len({row.task for row in part})
             size = options.batch if many else len(part)
             found = engine.decode_rows(
@@ -323,13 +326,37 @@ def _checked(
     """What a native folder holds, if it was made for this backbone."""
     made, where = Adapter(*found, Path(folder).name), str(folder)
     weights.check_compatible(
-        base.sizes, base.identity, made.meta.get("backbone", {}), digest=base.digest, where=where
+        base.sizes,
+        base.identity,
+        made.meta.get("backbone", {}),
+        digest=base.meta["digest"],
+        where=where,
     )
     ad.check(made.adapters, base.sizes, where)
+    _check_meta(made, base.sizes, where)
     if made.hypermodel is not None:
         wanted = model.shapes_of_hypermodel(_model_of(made, base.sizes))
         model.check_hypermodel(made.hypermodel, wanted, where)
     return made
+
+
+def _check_meta(adapter: Adapter, sizes: T5Config, where: str) -> None:
+    """UserError where what a folder says of the use of its adapter cannot be."""
+    meta = adapter.meta
+    text, length = meta.get("text", []), meta.get("input_length", INPUT_LENGTH)
+    number = meta.get("task_number", 0)
+    fits = {
+        "encoding": meta.get("encoding", "labelled") in tuple(ENCODINGS),
+        "input_length": type(length) is int and length > 0,
+        "task_number": type(number) is int and number >= 0,
+        "text": isinstance(text, list)
+        and all(type(i) is int and 0 <= i < sizes.vocab_size for i in text),
+    }
+    if wrong := [field for field, good in fits.items() if not good]:
+        raise UserError(
+            f"{where}/{ad.SPEC_FILE}: meta.{wrong[0]} is {str(meta[wrong[0]])[:40]!r}, which "
+            "cannot be; make the adapter again"
+        )
 
 
 def _model_of(adapter: Adapter, sizes: T5Config) -> model.Model:
@@ -398,7 +425,7 @@ def _show(base: Model, run: Run, task: Any) -> _Shown:
     assert base.vocab is not None
     ids, dropped, _ = format_conditioning(asked, shown, base.vocab, c, where=where, layout=layout)
     meta = {
-        "backbone": _backbone_meta(base),
+        "backbone": base.meta,
         "system": run.config.system,
         "instruction": instruction,
         "examples_shown": len(shown) - dropped,
@@ -411,13 +438,6 @@ def _show(base: Model, run: Run, task: Any) -> _Shown:
     if run.model.choice.reads == "input":
         meta |= {"config": run.config.to_dict(), "task_number": number}
     return _Shown(name, ids, number, meta)
-
-
-def _backbone_meta(base: Model) -> dict[str, Any]:
-    """Computed once: the digest reads all weights."""
-    if "meta" not in base.__dict__:
-        base.__dict__["meta"] = weights.backbone_meta(base.sizes, base.identity, base.params)
-    return base.__dict__["meta"]
 
 
 def _generate(run: Run, shown: Sequence[_Shown]) -> list[Adapter]:
@@ -456,7 +476,7 @@ def _run_digest(base: Model, run: Run) -> str:
     for path, leaf in jax.tree_util.tree_leaves_with_path(run.params.get(HYPERMODEL, {})):
         made.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}\n".encode())
         made.update(as_bytes(np.asarray(leaf)).data)
-    return _digest([CACHE_FORMAT, parts, _backbone_meta(base), made.hexdigest()])
+    return _digest([CACHE_FORMAT, parts, base.meta, made.hexdigest()])
 
 
 def _digest(content: Any) -> str:
@@ -510,12 +530,13 @@ def _refuse_text(meta: dict[str, Any], where: str) -> None:
 
 
 def _parts(
-    base: Model, rows: Iterable[tuple[int, list[int], Adapter | None]]
+    base: Model, rows: Iterable[tuple[int, list[int], Adapter | None]], batch: int
 ) -> Iterator[tuple[list[engine.Row], engine.Source, bool]]:
     """Rows that can share a batch, where their adapters come from, and whether each has its own.
 
     Rows of one AdapterSpec; or of one folder that makes adapters of each input.
     """
+    light = model.count(base.params) / (4 * batch)  # an adapter that may be there for every row
     parts: dict[Any, list[tuple[int, list[int], Adapter | None]]] = {}
     for row in rows:
         parts.setdefault(_kind(row[2]), []).append(row)
@@ -537,7 +558,8 @@ def _parts(
                 tasks[id(adapter)] = len(adapters)
                 adapters.append(adapter.adapters)
             part.append(engine.Row(number, tasks[id(adapter)], ids))
-        yield part, _stacked(adapters), False
+        apart = len(adapters) > 1 and model.count(adapters[0].tree) <= light
+        yield part, _stacked(adapters), apart
 
 
 def _kind(adapter: Adapter | None) -> Any:

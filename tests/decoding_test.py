@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from typing import Any
@@ -109,6 +110,35 @@ def test_steps_with_adapters_everywhere_equal_teacher_forcing(position_bias: str
     expected = logits(inputs, targets, adapters, weights=params())
     # A cache longer than what is decoded changes nothing.
     assert off(by_steps(inputs, t5.shift_right(targets), adapters, 12), expected) < 1e-5
+
+
+@functools.partial(jax.jit, static_argnames=("room", "steps"))
+def by_staggered_steps(
+    inputs: Any, fed: jax.Array, begun: jax.Array, adapters: Any, room: int, steps: int
+) -> jax.Array:
+    """Logits [B, steps, V] where row b is fed its first token at step begun[b]."""
+    apply = functools.partial(t5.T5(CONFIG).apply, {"params": params()})
+    encoded = apply(inputs, adapters, method="encode")
+    state = apply(encoded, inputs, adapters, room, method="start")
+    state = dataclasses.replace(state, begun=begun)
+
+    def body(state: t5.DecodeState, index: jax.Array) -> tuple[t5.DecodeState, jax.Array]:
+        own = jnp.clip(index - begun, 0, fed.shape[1] - 1)
+        found, state = apply(fed[jnp.arange(len(fed)), own], state, adapters, method="step")
+        return state, found
+
+    return jax.lax.scan(body, state, jnp.arange(steps))[1].swapaxes(0, 1)
+
+
+@pytest.mark.parametrize("position_bias", ad.POSITION_BIASES)
+def test_rows_that_begin_at_different_steps_equal_teacher_forcing(position_bias: str) -> None:
+    """Also where they go round in a cache no longer than themselves."""
+    adapters = random_adapters(EVERYTHING[position_bias], 2)
+    inputs, targets, begun = ids(4, 7), ids(4, 9, shortest=9), np.array([0, 2, 3, 7])
+    expected = logits(inputs, targets, adapters, weights=params())
+    found = by_staggered_steps(inputs, t5.shift_right(targets), begun, adapters, 9, 16)
+    for row, first in enumerate(begun):
+        assert off(found[row, first : first + 9], expected[row]) < 1e-5
 
 
 def test_position_bias_of_a_step_is_that_of_the_whole_far_away_too() -> None:

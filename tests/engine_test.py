@@ -74,6 +74,18 @@ def test_refilled_rows_of_many_tasks_are_what_each_is_alone(shape: engine.Layout
     assert work.tokens == sum(np.count_nonzero(row) for row in expected.values())
 
 
+def test_a_cache_that_gets_longer_keeps_what_each_step_wrote() -> None:
+    moving = engine._empty(CONFIG, places=2, steps=10)
+    cache = np.zeros((1, 2, 4, 1, 1), np.float32)
+    for step in range(13):
+        cache[:, :, step % 4] = step
+    moving = dataclasses.replace(moving, self_kv=(cache, -cache), index=jnp.int32(13))
+    key, value = engine._lengthened(moving, 10).self_kv
+    for step in range(9, 13):
+        assert (key[:, :, step % 10] == step).all()
+        assert (value[:, :, step % 10] == -step).all()
+
+
 def test_beams_are_those_of_decode() -> None:
     rows, options = some_rows()[:8], {"steps": 6, "beam_size": 2}
     expected = alone(rows, **options)

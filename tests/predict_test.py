@@ -157,6 +157,20 @@ def test_a_long_input_is_cut_and_told_or_refused(
     assert "1 of 2 inputs were longer" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "field", ["encoding=3", "input_length=-1", "text=[1,2,-3]", "task_number=[]", "text=5"]
+)
+def test_a_folder_that_says_what_cannot_be_is_told(
+    model: Model, folders: list[Path], tmp_path: Path, field: str
+) -> None:
+    name, _, value = field.partition("=")
+    adapter = model.load_adapter(folders[0])
+    adapter.meta[name] = json.loads(value)
+    adapter.save(tmp_path / "other")
+    with pytest.raises(UserError, match=rf"other/adapter_spec\.json: meta\.{name} is"):
+        model.adapt(tmp_path / "other")
+
+
 # ------------------------------------------------------------------------------ what was done stays
 
 KILLED = """
@@ -225,6 +239,12 @@ def test_two_processes_do_not_write_one_output(tmp_path: Path) -> None:
             pass
     with predict._Partial(tmp_path / "out", {"input": "x"}) as other:
         assert other.done == {3: "text"}
+    with (tmp_path / "out.partial").open("a") as file:
+        file.write('[5, "ha')  # as a kill leaves it: not to be joined with what follows
+    with predict._Partial(tmp_path / "out", {"input": "x"}) as other:
+        other.add(4, "more")
+    with predict._Partial(tmp_path / "out", {"input": "x"}) as other:
+        assert other.done == {3: "text", 4: "more"}
     (tmp_path / "out.partial").write_text("[]\n[\n")
     with (
         pytest.raises(UserError, match=r"out\.partial: is damaged"),
