@@ -564,8 +564,7 @@ COMMANDS = {
     ),
     "convert": Command(
         "Weights of a T5 from T5X, Hugging Face or our format into another, checked; prints JSON",
-        "hyper-t5 convert --input gs://t5-data/pretrained_models/t5x/t5_1_1_lm100k_base/"
-        "checkpoint_1100000 --to native --vocab spiece.model --out t5_base",
+        "hyper-t5 convert --input checkpoint_7 --to native --vocab spiece.model --out t5_base",
         _convert,
         [
             (

@@ -219,9 +219,15 @@ def backbone_folder(path: str | Path) -> Path:
     if not str(path):
         raise UserError("backbone.path is empty; give the backbone's folder")
     there = Path(path) if files.is_local(path) else files.as_path(path)
-    if (there / BACKBONE_FOLDER / "config.json").exists():
+    try:
+        with files.as_os_error():
+            left = (there / BACKBONE_FOLDER / "config.json").exists()
+            running = (there / checkpoint.FOLDER).is_dir()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    if left:
         return files.local_copy(there / BACKBONE_FOLDER)
-    if (there / checkpoint.FOLDER).is_dir():
+    if running:
         raise UserError(
             f"{path}: a run that has left no backbone; one that trains it (such as system=concat) "
             "leaves it when it has made all its steps"
