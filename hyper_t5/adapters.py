@@ -12,9 +12,9 @@ the rows of task t, and no others, see slice t.
     tree["memory"]                = {"states": [1,T,M,D], "mask": bool [1,T,M]}
 
 LoRA's effect is ``y += (x a b + bias) * alpha / R`` (Hu et al. 2021; the bias is PEFT's
-``lora_bias``). A prefix adds P keys and values that every row of the task may attend to
-(Li & Liang 2021). A bottleneck adapter stands beside an MLP (He et al. 2022):
-``y += act(x down + down_bias) up + up_bias``. Memory is M encoded tokens that the decoder
+``lora_bias``); R and alpha may differ by target. A prefix adds P keys and values that every row of
+the task may attend to (Li & Liang 2021). A bottleneck adapter stands beside an MLP (He et al.
+2022): ``y += act(x down + down_bias) up + up_bias``. Memory is M encoded tokens that the decoder
 cross-attends beside the encoded input (fusion-in-decoder: HINT, FiD-ICL); it has no layers, so its
 N is 1.
 """
@@ -22,8 +22,10 @@ N is 1.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
-from collections.abc import Sequence
+import typing
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,14 +39,18 @@ from hyper_t5.errors import UserError
 
 ATTENTION_SITES = ("enc_self", "dec_self", "dec_cross")
 MLP_SITES = ("enc_mlp", "dec_mlp")
+SITES = (*ATTENTION_SITES, *MLP_SITES)
 ATTENTION_PROJECTIONS = ("query", "key", "value", "out")
 POSITION_BIASES = ("hf", "zero")
+BOTTLENECK_ACTIVATIONS = ("gelu", "relu", "silu", "tanh")
+BOTTLENECK_INPUTS = ("normed", "raw")
 MEMORY = "memory"  # beside the sites in an adapters tree
 HYPERMODEL = "hypermodel"  # beside them in a folder
 
 SPEC_FILE = "adapter_spec.json"
 TENSOR_FILE = "adapter.safetensors"
 FORMAT = "hyper_t5.adapter"
+_LARGEST = 2**16  # of a rank or a length; what a file claims beyond it is no adapter
 
 
 class Dims(Protocol):
@@ -68,17 +74,30 @@ class Dims(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class LoraSpec:
-    """Low-rank updates of projections, ``targets`` like ``"enc_self.query"``, ``"dec_mlp.wo"``."""
+    """Low-rank updates of projections, ``targets`` like ``"enc_self.query"``, ``"dec_mlp.wo"``.
+
+    ``rank_pattern`` and ``alpha_pattern`` are (target, number) pairs for the targets whose rank or
+    alpha is not ``rank`` or ``alpha``, as PEFT's fields of these names.
+    """
 
     targets: tuple[str, ...]
     rank: int
     alpha: float
     bias: bool = False
+    rank_pattern: tuple[tuple[str, int], ...] = ()
+    alpha_pattern: tuple[tuple[str, float], ...] = ()
 
-    @property
-    def scale(self) -> float:
-        """What the product of a and b is multiplied by."""
-        return self.alpha / self.rank
+    def rank_of(self, target: str) -> int:
+        """R of a target."""
+        return dict(self.rank_pattern).get(target, self.rank)
+
+    def alpha_of(self, target: str) -> float:
+        """Alpha of a target."""
+        return dict(self.alpha_pattern).get(target, self.alpha)
+
+    def scale_of(self, target: str) -> float:
+        """What the product of a target's a and b is multiplied by."""
+        return self.alpha_of(target) / self.rank_of(target)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,24 +141,112 @@ class AdapterSpec:
     memory: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON can hold it."""
-        return dataclasses.asdict(self)
+        """As JSON can hold it; a pattern is an object, as in PEFT's files."""
+        data = dataclasses.asdict(self)
+        for name in ("rank_pattern", "alpha_pattern") if data["lora"] else ():
+            data["lora"][name] = dict(data["lora"][name])
+        return data
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> AdapterSpec:
-        """Inverse of ``to_dict``; KeyError or TypeError where a field is missing or unknown."""
-        kinds: dict[str, Any] = {
-            "lora": LoraSpec,
-            "prefix": PrefixSpec,
-            "bottleneck": BottleneckSpec,
-        }
-        made = {}
-        for name, kind in kinds.items():
-            fields = data.get(name)
-            if fields:  # JSON has lists where specs have tuples
-                fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-                made[name] = kind(**fields)
-        return cls(**made, memory=int(data.get("memory", 0)))
+    def from_dict(cls, data: Any) -> AdapterSpec:
+        """Inverse of ``to_dict``.
+
+        Raises:
+            ValueError: a field is missing, unknown, of another type, or no number that could be.
+        """
+        made = _read_fields(cls, data, "spec")
+        _check_places(made)
+        return made
+
+
+def _read_fields(kind: type, data: Any, name: str) -> Any:
+    """A dataclass of this module from the JSON object of its fields."""
+    if not isinstance(data, dict):
+        raise ValueError(f"{name} must be an object")
+    hints, fields = typing.get_type_hints(kind), {f.name: f for f in dataclasses.fields(kind)}
+    if unknown := sorted(data.keys() - hints.keys()):
+        raise ValueError(f"{name}.{unknown[0]} is unknown")
+    made = {}
+    for field, hint in hints.items():
+        if field in data:
+            made[field] = _read_field(hint, data[field], f"{name}.{field}")
+        elif fields[field].default is dataclasses.MISSING:
+            raise ValueError(f"{name}.{field} is missing")
+    return kind(**made)
+
+
+def _read_field(hint: Any, value: Any, name: str) -> Any:
+    """One field's JSON value as the type of its hint."""
+    origin, (inner, *_) = typing.get_origin(hint), typing.get_args(hint) or (None,)
+    if hint in (int, float):
+        if type(value) in (int, hint):
+            return hint(_number(value, hint, name))
+    elif hint in (str, bool):
+        if type(value) is hint:
+            return value
+    elif origin is not tuple:  # a spec, or None
+        return None if value is None else _read_fields(inner, value, name)
+    elif typing.get_origin(inner) is tuple:  # pairs of a target and a number
+        if isinstance(value, dict):
+            number = typing.get_args(inner)[1]
+            return tuple((k, _read_field(number, v, f"{name}[{k!r}]")) for k, v in value.items())
+    elif isinstance(value, list):
+        return tuple(_read_field(inner, v, name) for v in value)
+    raise ValueError(f"{name} is {value!r:.40}, of another type")
+
+
+def _number(value: float, kind: type, name: str) -> float:
+    least = 0 if name == "spec.memory" else 1
+    if kind is int and not least <= value <= _LARGEST:
+        raise ValueError(f"{name} is {value:.6g}, not in {least}..{_LARGEST}")
+    if not 0 <= value < 1e30:
+        raise ValueError(f"{name} is {value:.6g}, no number to scale by")
+    return value
+
+
+def _check_places(spec: AdapterSpec) -> None:
+    """ValueError where the fields of a spec that was read contradict or name what is not there."""
+    lora, prefix, bottleneck = spec.lora, spec.prefix, spec.bottleneck
+    known: list[tuple[str, Sequence[str], Sequence[str]]] = []
+    if lora:
+        patterned = [name for name, _ in (*lora.rank_pattern, *lora.alpha_pattern)]
+        known.append(("lora's patterns", patterned, lora.targets))
+        known.append(("lora.targets", [t.partition(".")[0] for t in lora.targets], SITES))
+    if prefix:
+        known.append(("prefix.sites", prefix.sites, ATTENTION_SITES))
+        known.append(("prefix.position_bias", [prefix.position_bias], POSITION_BIASES))
+    if bottleneck:
+        known.append(("bottleneck.sites", bottleneck.sites, MLP_SITES))
+        known.append(("bottleneck.activation", [bottleneck.activation], BOTTLENECK_ACTIVATIONS))
+        known.append(("bottleneck.input", [bottleneck.input], BOTTLENECK_INPUTS))
+        if len(bottleneck.sizes) != len(bottleneck.sites):
+            raise ValueError("spec.bottleneck.sizes are not as many as its sites")
+    for name, given, names in known:
+        if wrong := [x for x in given if x not in names]:
+            raise ValueError(f"spec.{name}: {wrong[0]!r} is none of {', '.join(names)}")
+    for places in (lora.targets if lora else (), prefix.sites if prefix else ()):
+        if len(set(places)) < len(places):
+            raise ValueError(f"spec names one place twice: {', '.join(places)}")
+
+
+def lora_spec(
+    ranks: Mapping[str, int], alphas: Mapping[str, float], bias: bool = False
+) -> LoraSpec:
+    """The LoraSpec of targets with these ranks and alphas; the commonest ones are its defaults."""
+
+    def common(numbers: Mapping[str, Any]) -> Any:
+        values = list(numbers.values())
+        return max(dict.fromkeys(values), key=values.count)
+
+    rank, alpha = common(ranks), common(alphas)
+    return LoraSpec(
+        tuple(ranks),
+        rank,
+        alpha,
+        bias,
+        tuple((target, r) for target, r in ranks.items() if r != rank),
+        tuple((target, a) for target, a in alphas.items() if a != alpha),
+    )
 
 
 @struct.dataclass
@@ -174,12 +281,8 @@ def num_layers(site: str, dims: Dims) -> int:
 def projection_shape(target: str, dims: Dims) -> tuple[int, int]:
     """(input, output) width of a LoRA target such as ``"dec_cross.value"``."""
     site, _, projection = target.partition(".")
-    if target not in targets_of((*ATTENTION_SITES, *MLP_SITES), dims):
-        known = (
-            ", ".join(targets_of([site], dims))
-            if site in (*ATTENTION_SITES, *MLP_SITES)
-            else (", ".join((*ATTENTION_SITES, *MLP_SITES)))
-        )
+    if target not in targets_of(SITES, dims):
+        known = ", ".join(targets_of([site], dims) if site in SITES else SITES)
         raise UserError(
             f"adapter.lora_targets: no projection {target!r} in this T5; known: {known}"
         )
@@ -192,9 +295,9 @@ def shapes(spec: AdapterSpec, dims: Dims, num_tasks: int) -> dict[str, Any]:
     """The adapters' tree with a shape tuple at each leaf (a prefix's optional mask left out)."""
     tree: dict[str, Any] = {}
     if spec.lora:
-        rank = spec.lora.rank
         for target in spec.lora.targets:
             site, _, projection = target.partition(".")
+            rank = spec.lora.rank_of(target)
             n, (fan_in, fan_out) = num_layers(site, dims), projection_shape(target, dims)
             leaf: dict[str, tuple[int, ...]]
             leaf = {"a": (n, num_tasks, fan_in, rank), "b": (n, num_tasks, rank, fan_out)}
@@ -266,17 +369,49 @@ def norms(adapters: Adapters) -> jax.Array:
     return jnp.sqrt(sum((x.reshape(len(x), -1).sum(-1) for x in squares), jnp.zeros(())))
 
 
+def astype(adapters: Adapters, dtype: Any) -> Adapters:
+    """The adapters with all numbers of ``dtype``; masks stay as they are."""
+    tree = jax.tree.map(lambda x: x if x.dtype == bool else x.astype(dtype), adapters.tree)
+    return Adapters(tree, adapters.spec)
+
+
 def check(adapters: Adapters, dims: Dims, where: str) -> None:
     """UserError naming the first tensor whose name or shape does not fit this backbone."""
     found = {k: tuple(v.shape) for k, v in _flatten(adapters.tree).items()}
-    expected = _flatten(shapes(adapters.spec, dims, adapters.num_tasks))
+    _check_shapes(found, adapters.spec, dims, where)
+
+
+@dataclasses.dataclass(frozen=True)
+class _AnyBackbone:
+    """Dims that are not known; 0 stands for any number."""
+
+    mlp_activations: tuple[str, ...]
+    emb_dim = num_heads = head_dim = mlp_dim = num_encoder_layers = num_decoder_layers = 0
+
+
+def _check_shapes(
+    found: Mapping[str, tuple[int, ...]], spec: AdapterSpec, dims: Dims | None, where: str
+) -> None:
+    """`check` of the shapes alone; without ``dims`` by what the spec itself says of them."""
+    if dims is None:
+        targets = spec.lora.targets if spec.lora else ()
+        plain = any(target.endswith(".wi") for target in targets)
+        dims = _AnyBackbone(("relu",) if plain else ("gelu", "linear"))
+    tasks = {shape[1] for shape in found.values() if len(shape) > 1}
+    try:
+        expected = _flatten(shapes(spec, dims, min(tasks, default=1)))
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
     for name in [k for k in found if k.endswith("prefix/mask")]:
-        expected[name] = expected[name.replace("mask", "key")][:3]
+        expected[name] = expected.get(name.replace("mask", "key"), ())[:3]
     for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
+        here, there = found.get(name), expected.get(name)
+        same = here and there and len(here) == len(there)
+        if not same or any(b not in (0, a) for a, b in zip(here or (), there or (), strict=False)):
+            wanted = there and f"({', '.join(str(n or '*') for n in there)})"
             raise UserError(
-                f"{where}: adapter tensor {name} is {found.get(name, 'missing')}, this backbone "
-                f"needs {expected.get(name, 'none of that name')}; use the backbone it was made for"
+                f"{where}: adapter tensor {name} is {here or 'missing'}, this backbone "
+                f"needs {wanted or 'none of that name'}; use the backbone it was made for"
             )
 
 
@@ -298,45 +433,85 @@ def save(
     """
     tree = adapters.tree if hypermodel is None else {**adapters.tree, HYPERMODEL: hypermodel}
     flat = {k: np.asarray(v) for k, v in _flatten(tree).items()}
-    header = {"format": FORMAT, "spec": adapters.spec.to_dict(), "meta": meta}
+    header = {"format": FORMAT, "spec": adapters.spec.to_dict(), "digest": _digest(flat)}
     with files.replaced_folder(folder, (SPEC_FILE, TENSOR_FILE)) as fresh:
         tensors.write_safetensors(fresh / TENSOR_FILE, flat)
-        files.write_json(fresh / SPEC_FILE, header)
+        files.write_json(fresh / SPEC_FILE, header | {"meta": meta})
     return Path(folder)
 
 
 def load(
-    folder: str | os.PathLike[str],
+    folder: str | os.PathLike[str], dims: Dims | None = None
 ) -> tuple[Adapters, dict[str, Any], dict[str, Any] | None]:
-    """Read a native adapter folder back: (adapters, meta, hypermodel or None)."""
+    """Read a native adapter folder back: (adapters, meta, hypermodel or None).
+
+    Names and shapes are compared with the spec, and with the backbone's ``dims`` where they are
+    given, before any tensor is read.
+
+    Raises:
+        UserError: the folder is none, is damaged, or does not fit.
+    """
     folder = Path(folder)
-    if not (folder / SPEC_FILE).is_file():
+    spec, digest, meta = _read_spec(folder)
+    file = folder / TENSOR_FILE
+    files.check_regular(file)
+    stored = tensors.open_safetensors(file)
+    inner = HYPERMODEL + "/"
+    ours = {name: x.shape for name, x in stored.items() if not name.startswith(inner)}
+    _check_shapes(ours, spec, dims, str(file))
+    for name, tensor in stored.items():
+        is_mask = not name.startswith(inner) and name.endswith("/mask")
+        if ("bool" if is_mask else "float") not in tensor.dtype.lower():
+            raise UserError(f"{file}: {name} holds {tensor.dtype}; make it again")
+        if any(other.startswith(name + "/") for other in stored):
+            raise UserError(f"{file}: {name} is both a tensor and a folder of them")
+    flat = {name: tensor.read() for name, tensor in stored.items()}
+    for name, value in flat.items():
+        if value.dtype != bool and not np.isfinite(value).all():
+            raise UserError(f"{file}: {name} has non-finite numbers; make it again")
+    if digest != _digest(flat):
         raise UserError(
-            f"{folder / SPEC_FILE}: no such file; a native adapter folder holds {SPEC_FILE} and "
+            f"{file}: is not the file that {SPEC_FILE} was written with (its digest differs); copy "
+            "both again, or make them again"
+        )
+    tree = _unflatten(flat)
+    return (
+        Adapters({k: v for k, v in tree.items() if k != HYPERMODEL}, spec),
+        meta,
+        tree.get(HYPERMODEL),
+    )
+
+
+def _read_spec(folder: Path) -> tuple[AdapterSpec, Any, dict[str, Any]]:
+    """What a native folder's JSON file says: the spec, the tensors' digest, and meta."""
+    file = folder / SPEC_FILE
+    if not file.exists():
+        raise UserError(
+            f"{file}: no such file; a native adapter folder holds {SPEC_FILE} and "
             f"{TENSOR_FILE} (`hyper-t5 adapt` makes one)"
         )
-    header = files.read_json(folder / SPEC_FILE)
+    files.check_regular(file)
+    header = files.read_json(file)
     try:
         if header.get("format") != FORMAT:
-            raise KeyError("format")
-        spec = AdapterSpec.from_dict(header["spec"])
-    except (KeyError, TypeError, AttributeError) as e:
+            raise ValueError(f'its "format" is not "{FORMAT}"')
+        meta = header.get("meta", {})
+        if not isinstance(meta, dict):
+            raise ValueError("meta must be an object")
+        return AdapterSpec.from_dict(header.get("spec")), header.get("digest"), meta
+    except ValueError as e:
         raise UserError(
-            f"{folder / SPEC_FILE}: not an adapter spec ({e}); make it again with `hyper-t5 adapt`"
+            f"{file}: not an adapter spec ({e}); make it again with `hyper-t5 adapt`"
         ) from None
-    stored = tensors.open_safetensors(folder / TENSOR_FILE)
-    flat = {name: tensor.read() for name, tensor in stored.items()}
-    tree: dict[str, Any] = {}
-    for name, value in flat.items():
-        node = tree
-        *parents, leaf = name.split("/")
-        for key in parents:
-            node = node.setdefault(key, {})
-        node[leaf] = value
-        if value.dtype != bool and not np.isfinite(value.astype(np.float32)).all():
-            raise UserError(f"{folder / TENSOR_FILE}: {name} has non-finite numbers; make it again")
-    hypermodel = tree.pop(HYPERMODEL, None)
-    return Adapters(tree, spec), header.get("meta", {}), hypermodel
+
+
+def _digest(flat: Mapping[str, np.ndarray]) -> str:
+    """sha256 of the tensors under their names, in hex: of what they hold, not of how it lies."""
+    result = hashlib.sha256()
+    for name in sorted(flat):
+        result.update(f"{name} {flat[name].dtype} {flat[name].shape}\n".encode())
+        result.update(tensors.as_bytes(flat[name]).data)
+    return result.hexdigest()
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -345,3 +520,14 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         name = prefix + key
         flat |= _flatten(value, name + "/") if isinstance(value, dict) else {name: value}
     return flat
+
+
+def _unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for name, value in flat.items():
+        node = tree
+        *parents, leaf = name.split("/")
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[leaf] = value
+    return tree

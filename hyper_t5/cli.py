@@ -160,7 +160,7 @@ def _data_config(args: argparse.Namespace, mixture: str) -> Any:
 def _adapt(args: argparse.Namespace) -> None:
     from hyper_t5 import serve
 
-    print(serve.adapt(args.workdir, args.task, args.out, args.format, args.base_model))
+    print(serve.adapt(args.workdir, args.task, args.out, args.format, args.base_model, args.dtype))
 
 
 def _predict(args: argparse.Namespace) -> None:
@@ -209,9 +209,13 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from hyper_t5 import serve
+    from hyper_t5 import export
 
-    print(serve.export(args.adapter, args.out, args.format, args.backbone, args.base_model))
+    print(
+        export.export(
+            args.adapter, args.out, args.format, args.backbone, args.base_model, args.dtype
+        )
+    )
 
 
 def _plan(args: argparse.Namespace) -> None:
@@ -286,6 +290,15 @@ _BASE_MODEL: Flag = (
         "default": "",
         "metavar": "NAME",
         "help": "with peft: the base model's name or path to write in it",
+    },
+)
+_DTYPE: Flag = (
+    "--dtype",
+    {
+        "choices": ["float32", "bfloat16"],
+        "default": "",
+        "help": "of what is written; peft makes float32 of either when it loads it (default: "
+        "float32 for peft, else as it is)",
     },
 )
 _GIN_FILE: Flag = (
@@ -506,6 +519,7 @@ COMMANDS = {
                 },
             ),
             _BASE_MODEL,
+            _DTYPE,
         ],
     ),
     "predict": Command(
@@ -621,23 +635,24 @@ COMMANDS = {
         ],
     ),
     "export": Command(
-        "An adapter as a PEFT folder, or merged into its backbone; prints the path",
+        "An adapter as a PEFT folder, as ours, or merged into its backbone; prints the path",
         "hyper-t5 export --adapter my_adapter --out my_peft --format peft --backbone t5_base",
         _export,
         [
-            _path("--adapter", "a native adapter folder"),
+            _path("--adapter", "an adapter folder, native or of peft"),
             _path("--out", "the folder to make"),
             (
                 "--format",
                 {
-                    "choices": ["peft", "merged"],
+                    "choices": ["peft", "native", "merged"],
                     "required": True,
-                    "help": "adapter files for peft; or a whole Hugging Face T5 with LoRA merged "
-                    "in (that T5 without it: hyper-t5 convert --to hf)",
+                    "help": "adapter files for peft; our own, for predict; or a whole Hugging Face "
+                    "T5 with LoRA merged in (that T5 without it: hyper-t5 convert --to hf)",
                 },
             ),
             _path("--backbone", "folder of the backbone that the adapter was made for"),
             _BASE_MODEL,
+            _DTYPE,
         ],
     ),
     "plan": Command(

@@ -63,6 +63,10 @@ def defaults() -> ConfigDict:
             "lora_rank": 16,
             "lora_alpha": 8.0,
             "lora_bias": False,
+            # where rank or alpha is another: 'dec_cross=32,enc_mlp.wo=4,value=8', the first that
+            # fits counts; alpha stays lora_alpha where its pattern says nothing, as in PEFT
+            "lora_rank_pattern": "",
+            "lora_alpha_pattern": "",
             "lora_targets": (
                 "enc_self.query",
                 "enc_self.value",
@@ -485,6 +489,8 @@ def _validate_system(config: ConfigDict, needs_backbone: bool) -> None:
             choose(field, name, names)
         if len(set(given)) < len(given):
             raise UserError(f"{field} names one place twice: {', '.join(given)}")
+    hypermodels.specs.pattern(config, "lora_rank_pattern", int)
+    hypermodels.specs.pattern(config, "lora_alpha_pattern", float)
 
 
 def _validate_batch(config: ConfigDict) -> None:

@@ -138,9 +138,22 @@ def read_json(file: str | os.PathLike[str]) -> dict[str, Any]:
         raise UserError(f"{file}: is not a text file") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{file}, line {error.lineno}: is not valid JSON ({error.msg})") from error
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits; 10,000 brackets
+        raise UserError(f"{file}: is no JSON that a program wrote ({error})") from error
     if not isinstance(content, dict):
         raise UserError(f"{file}: must hold a JSON object")
     return content
+
+
+def check_regular(file: Path, largest: int | None = None) -> None:
+    """UserError where what is to be read is a device, pipe or folder, or above `largest` bytes.
+
+    A link to a file is one: caches of downloads are made of them. Of what is not there, nothing.
+    """
+    if file.exists() and not file.is_file():
+        raise UserError(f"{file}: is no regular file; give a folder of files")
+    if largest is not None and file.exists() and file.stat().st_size > largest:
+        raise UserError(f"{file}: has {file.stat().st_size:,} bytes; such a file has few")
 
 
 def check_writable(file: Path) -> None:

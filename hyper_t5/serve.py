@@ -1,4 +1,4 @@
-"""Use: a task's text to an adapter, an adapter to outputs, an adapter to other tools.
+"""Use: a task's text to an adapter, and adapters to outputs.
 
     model = hyper_t5.load("runs/mtf")
     adapter = model.adapt("task.json")
@@ -25,8 +25,7 @@ from ml_collections import ConfigDict
 
 from hyper_t5 import adapters as ad
 from hyper_t5 import config as config_lib
-from hyper_t5 import engine, files, model, weights, workdir
-from hyper_t5 import export as export_lib
+from hyper_t5 import engine, export, files, model, weights, workdir
 from hyper_t5.decoding import Sampling
 from hyper_t5.errors import UserError
 from hyper_t5.hypermodels import BACKBONE, HYPERMODEL
@@ -502,28 +501,22 @@ def adapt(
     out: PathLike,
     format: str = "native",
     base_model: str = "",
+    dtype: str = "",
 ) -> Path:
     """Read a task file, generate its adapter, write it as a ``native`` or ``peft`` folder.
 
-    Returns the folder.
+    ``dtype`` as of ``export.export``. Returns the folder.
     """
     base = load_run(workdir)
     assert base.run is not None
     made = base.adapt_all([task])[0]
     if format == "peft":
-        _refuse_text(made.meta, f"system={base.run.config.system}")
-        name = base_model or base.run.config.backbone.path
-        return export_lib.export_peft(out, made.adapters, base.sizes, name)
-    return made.save(out)
-
-
-def _refuse_text(meta: dict[str, Any], where: str) -> None:
-    """UserError for what is no adapter alone, and so in no other tool's format."""
-    if "text" in meta:
-        raise UserError(
-            f"export: {where} puts the task's text in front of every input, which no adapter file "
-            "can say; keep the native folder, which `hyper-t5 predict` reads"
-        )
+        export.refuse_text(made.meta, f"system={base.run.config.system}")
+        name, asked = base_model or base.run.config.backbone.path, export.asked(made.meta)
+        kind = dtype or "float32"
+        return export.export_peft(out, made.adapters, base.sizes, name, 0, kind, asked)
+    adapters = ad.astype(made.adapters, dtype) if dtype else made.adapters
+    return ad.save(out, adapters, made.meta, made.hypermodel)
 
 
 # ---------------------------------------------------------------------------------------- predict
@@ -599,28 +592,3 @@ def _of_inputs(base: Model, adapter: Adapter) -> engine.Source:
         return model.generate(m, params, ids, numbers), ids[:, :0]
 
     return make
-
-
-# ----------------------------------------------------------------------------------------- export
-
-
-def export(
-    adapter: PathLike,
-    out: PathLike,
-    format: str,
-    backbone: PathLike,
-    base_model: str = "",
-) -> Path:
-    """Write an adapter for other tools.
-
-    ``peft``: a PEFT folder that names ``base_model`` (default: the backbone's folder). ``merged``:
-    the backbone with LoRA inside, in Hugging Face's layout (`hyper-t5 convert` writes it without).
-    """
-    base, loaded = load_with(backbone, [adapter])
-    _refuse_text(loaded[0].meta, str(adapter))
-    if format == "peft":
-        base_name = base_model or str(backbone)
-        return export_lib.export_peft(out, loaded[0].adapters, base.sizes, base_name)
-    params = export_lib.merge_lora(base.params, loaded[0].adapters)
-    weights.save_hf(out, base.sizes, params, base.vocab)
-    return Path(out)

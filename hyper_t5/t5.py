@@ -692,7 +692,8 @@ def _stack_adapters(adapters: Adapters | None, sites: dict[str, str]) -> Tree:
             if projection == "bottleneck" and bottleneck is not None:
                 leaf = Bottleneck(leaf, bottleneck.activation, bottleneck.input)
             elif projection != "prefix" and lora is not None:
-                leaf = {k: v if k == "a" else v * lora.scale for k, v in leaf.items()}
+                scale = lora.scale_of(f"{site}.{projection}")
+                leaf = {k: v if k == "a" else v * scale for k, v in leaf.items()}
             tree[name][projection] = leaf
     return tree
 

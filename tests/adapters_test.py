@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -326,6 +327,63 @@ def test_spec_survives_json() -> None:
         assert AdapterSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
 
 
+PATTERN = AdapterSpec(
+    lora=ad.lora_spec(
+        {"enc_self.query": 2, "dec_cross.out": 5, "dec_mlp.wi_0": 2},
+        {"enc_self.query": 3.0, "dec_cross.out": 3.0, "dec_mlp.wi_0": 8.0},
+    )
+)
+
+
+def test_ranks_and_alphas_may_differ_by_target(tmp_path: Path) -> None:
+    lora = PATTERN.lora
+    assert lora
+    assert (lora.rank, lora.alpha) == (2, 3.0)
+    assert lora.rank_pattern == (("dec_cross.out", 5),)
+    assert [lora.scale_of(t) for t in lora.targets] == [1.5, 0.6, 4.0]
+    adapters = random_adapters(PATTERN, 2)
+    assert adapters.tree["dec_cross"]["out"]["a"].shape == (3, 2, 12, 5)
+    ad.check(adapters, CONFIG, "x")
+    loaded, _, _ = ad.load(ad.save(tmp_path / "a", adapters, {}), CONFIG)
+    assert loaded.spec == PATTERN
+    assert hash(loaded.spec) == hash(PATTERN)
+
+    # The effect is that of plain LoRA whose b has each target's own scale inside.
+    plain = dataclasses.replace(lora, alpha=2.0, rank_pattern=(), alpha_pattern=())
+    tree: dict[str, Any] = {}
+    for target in lora.targets:
+        site, _, projection = target.partition(".")
+        leaf = adapters.tree[site][projection]
+        padded = {
+            "a": np.pad(leaf["a"], [(0, 0)] * 3 + [(0, 5 - leaf["a"].shape[3])]),
+            "b": np.pad(leaf["b"], [(0, 0)] * 2 + [(0, 5 - leaf["b"].shape[2]), (0, 0)]),
+        }
+        padded["b"] = padded["b"] * lora.scale_of(target)
+        tree.setdefault(site, {})[projection] = padded
+    five = dataclasses.replace(plain, rank=5, alpha=5.0)
+    found = run(INPUTS, TARGETS, adapters)
+    assert off(run(INPUTS, TARGETS, Adapters(tree, AdapterSpec(lora=five))), found) < 1e-5
+    assert off(run(INPUTS, TARGETS), found) > 0.1
+
+
+def test_loading_for_a_backbone_reads_nothing_that_does_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = ad.save(tmp_path / "a", random_adapters(LORA, 1), {})
+    monkeypatch.setattr(ad.tensors.Tensor, "read", lambda self: pytest.fail("read"))
+    wide = dataclasses.replace(CONFIG, emb_dim=24)
+    with pytest.raises(UserError, match=r"needs \(\d, 1, 24, 2\)"):
+        ad.load(folder, wide)
+
+
+def test_a_cache_of_downloads_made_of_links_can_be_read(folder: Path, tmp_path: Path) -> None:
+    linked = tmp_path / "snapshot"
+    linked.mkdir()
+    for file in folder.iterdir():
+        (linked / file.name).symlink_to(file)
+    jax.tree.map(np.testing.assert_array_equal, ad.load(linked)[0].tree, ad.load(folder)[0].tree)
+
+
 def test_check_names_what_does_not_fit() -> None:
     adapters = with_mask(random_adapters(EVERYTHING["hf"], 2), 1)
     ad.check(adapters, CONFIG, "x")
@@ -410,6 +468,56 @@ def damage(folder: Path, kind: str) -> None:
         case "unknown field":
             header["spec"]["lora"]["rnak"] = 3
             spec.write_text(json.dumps(header))
+        case "scalar":
+            spec.write_text("[1, 2]")
+        case "huge rank":
+            header["spec"]["lora"]["rank"] = 10**12
+            spec.write_text(json.dumps(header))
+        case "negative rank":
+            header["spec"]["lora"]["rank_pattern"] = {"enc_self.query": -1}
+            spec.write_text(json.dumps(header))
+        case "infinite alpha":
+            header["spec"]["lora"]["alpha"] = float("inf")
+            spec.write_text(json.dumps(header))
+        case "wrong type":
+            header["spec"]["lora"]["targets"] = "enc_self.query"
+            spec.write_text(json.dumps(header))
+        case "unknown place":
+            header["spec"]["prefix"]["sites"] = ["../../etc"]
+            spec.write_text(json.dumps(header))
+        case "unknown activation":  # which would be looked up by its name
+            header["spec"]["bottleneck"]["activation"] = "__import__"
+            spec.write_text(json.dumps(header))
+        case "too long a number":
+            spec.write_text('{"format": ' + "9" * 5000 + "}")
+        case "too deep":
+            spec.write_text("[" * 100_000)
+        case "another rank":
+            header["spec"]["lora"]["rank"] = 3
+            spec.write_text(json.dumps(header))
+        case "extra tensor":
+            header["spec"]["lora"]["bias"] = False
+            spec.write_text(json.dumps(header))
+        case "other tensors":
+            other = change(
+                random_adapters(EVERYTHING["zero"], 2), lambda _, x: x if x.dtype == bool else x * 2
+            )
+            ad.save(folder.with_name("other"), with_mask(other, 1), {})
+            (folder.with_name("other") / ad.TENSOR_FILE).replace(tensors)
+        case "tensors are a pipe":
+            tensors.unlink()
+            os.mkfifo(tensors)
+        case "spec is a device":
+            spec.unlink()
+            spec.symlink_to("/dev/zero")
+        case "a link to nothing":
+            tensors.unlink()
+            tensors.symlink_to(folder / "gone")
+        case "huge shape":
+            content = {"dec_mlp/wo/a": {"dtype": "F32", "shape": [3, 2, 2**40, 2]}}
+            content["dec_mlp/wo/a"]["data_offsets"] = [0, 3 * 2 * 2**40 * 2 * 4]
+            text = json.dumps(content).encode()
+            tensors.write_bytes(len(text).to_bytes(8, "little") + text)
         case "nan":
             adapters, meta, _ = ad.load(folder)
             ad.save(
@@ -426,6 +534,22 @@ def damage(folder: Path, kind: str) -> None:
         ("truncated spec", rf"{ad.SPEC_FILE}, line \d+: is not valid JSON"),
         ("other format", rf"{ad.SPEC_FILE}: not an adapter spec"),
         ("unknown field", rf"{ad.SPEC_FILE}: not an adapter spec.*rnak"),
+        ("scalar", rf"{ad.SPEC_FILE}: must hold a JSON object"),
+        ("huge rank", r"spec.lora.rank is 1e\+12, not in 1..65536"),
+        ("negative rank", r"rank_pattern\['enc_self.query'\] is -1, not in 1..65536"),
+        ("infinite alpha", r"spec.lora.alpha is inf, no number"),
+        ("wrong type", r"spec.lora.targets is 'enc_self.query', of another type"),
+        ("unknown place", r"spec.prefix.sites: '../../etc' is none of enc_self"),
+        ("unknown activation", r"spec.bottleneck.activation: '__import__' is none of gelu"),
+        ("too long a number", rf"{ad.SPEC_FILE}: is no JSON that a program wrote"),
+        ("too deep", rf"{ad.SPEC_FILE}: is no JSON that a program wrote"),
+        ("another rank", r"dec_cross/key/a is \(3, 2, 16, 2\).* needs \(\*, 2, \*, 3\)"),
+        ("extra tensor", r"dec_cross/key/bias is \(3, 2, 12\).* needs none of that name"),
+        ("other tensors", rf"{ad.TENSOR_FILE}: is not the file that .* was written with"),
+        ("tensors are a pipe", rf"{ad.TENSOR_FILE}: is no regular file"),
+        ("spec is a device", rf"{ad.SPEC_FILE}: is no regular file"),
+        ("a link to nothing", rf"{ad.TENSOR_FILE}: does not exist"),
+        ("huge shape", rf"{ad.TENSOR_FILE}: "),
         ("nan", rf"{ad.TENSOR_FILE}: .* has non-finite numbers"),
     ],
 )

@@ -39,7 +39,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[Any, ...], d
         "serve.adapt",
         "predict.predict",
         "serve.Options",
-        "serve.export",
+        "export.export",
         "weights.convert",
         "model.backbone_folder",
         "bench.main",
@@ -220,7 +220,7 @@ def test_evaluate_gets_overrides_in_order(calls: list[Any], tmp_path: Path) -> N
 def test_adapt_prints_the_path(calls: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["adapt", "--workdir=w", "--task=t.json", "--out=o", "--format=peft"]) == 0
     assert capsys.readouterr().out == "result of serve.adapt\n"
-    assert calls == [("serve.adapt", (Path("w"), Path("t.json"), Path("o"), "peft", ""), {})]
+    assert calls == [("serve.adapt", (Path("w"), Path("t.json"), Path("o"), "peft", "", ""), {})]
 
 
 def test_predict_takes_several_adapters(calls: list[Any]) -> None:

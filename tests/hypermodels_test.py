@@ -465,6 +465,28 @@ def test_a_hyperdecoder_generates_once_for_all_steps(monkeypatch: pytest.MonkeyP
     np.testing.assert_array_equal(np.where(found > 0, likeliest, 0), found)
 
 
+@pytest.mark.parametrize("system", ["hyper_lora", "text_to_lora", "shared_lora", "task_lora"])
+@pytest.mark.parametrize("reader", ["layerwise", "decoder_queries"])
+def test_ranks_that_differ_by_target_are_emitted(system: str, reader: str) -> None:
+    pattern = "dec_cross=8,dec_cross.value=1,out=2"  # the first that fits counts
+    fields = LORA | {"system": system, "adapter__task_slots": 2, "hypermodel__reader": reader}
+    fields |= {"adapter__lora_rank_pattern": pattern, "adapter__lora_alpha_pattern": "wo=3.5"}
+    m = build(**fields)
+    emitter: Any = m.hypermodel
+    texts, numbers = jnp.asarray(BATCH["hyper_inputs"]), jnp.arange(2)
+    key = jax.random.key(0)
+    made, _ = jax.eval_shape(lambda: emitter.init_with_output(key, texts, numbers))
+    lora = made.spec.lora
+    assert [lora.rank_of(t) for t in lora.targets] == [4, 4, 2, 8]
+    assert [lora.alpha_of(t) for t in lora.targets] == [8.0, 3.5, 8.0, 8.0]
+    ad.check(made, CONFIG, system)
+    if system == "hyper_lora" and reader == "layerwise":
+        assert isinstance(m.hypermodel, HyperT5)
+        assert m.hypermodel.gist_tokens == 2  # divides every rank
+        with pytest.raises(UserError, match=r"lora_rank=2 is no multiple .*=4 at dec_self.out"):
+            build(**fields, hypermodel__gist_tokens=4)
+
+
 # ------------------------------------------------------------------------------- bad config
 
 BAD_CONFIGS: list[tuple[dict[str, Any], str]] = [

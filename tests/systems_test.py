@@ -15,7 +15,7 @@ import runs
 from flax import linen as nn
 
 from hyper_t5 import adapters as ad
-from hyper_t5 import checkpoint, data, evaluate, model, predict, serve, t5, weights
+from hyper_t5 import checkpoint, data, evaluate, export, model, predict, serve, t5, weights
 from hyper_t5 import config as config_lib
 from hyper_t5.errors import UserError
 from hyper_t5.hypermodels import BACKBONE, SYSTEMS, System
@@ -148,12 +148,12 @@ def test_peft_takes_it_or_is_told_why_not(root: Path, system: str, tmp_path: Pat
     task = root / "sni" / "tasks" / f"{runs.HELD_OUT[0]}.json"
     if reason:
         with pytest.raises(UserError, match=reason[0]):
-            serve.export(folder, tmp_path / "peft", "peft", backbone)
+            export.export(folder, tmp_path / "peft", "peft", backbone)
         with pytest.raises(UserError, match=reason[0]):
             serve.adapt(trained(root, system), task, tmp_path / "other", "peft")
         assert not (tmp_path / "peft").exists()
         return
-    exported = serve.export(folder, tmp_path / "peft", "peft", backbone)
+    exported = export.export(folder, tmp_path / "peft", "peft", backbone)
     assert (exported / "adapter_config.json").is_file()
     serve.adapt(trained(root, system), task, tmp_path / "other", "peft")
 
@@ -270,7 +270,7 @@ def test_a_folder_whose_generator_does_not_fit_is_named(root: Path, tmp_path: Pa
     none = ad.Adapters({}, ad.AdapterSpec())
     folder = ad.save(tmp_path / "other", none, meta, hyper)
     with pytest.raises(UserError, match=r"other: decoder_generator/.* of its hypermodel is"):
-        serve.export(folder, tmp_path / "out", "merged", root / "backbone")
+        export.export(folder, tmp_path / "out", "merged", root / "backbone")
     config = model.load_run(trained(root, "fid_icl"))[0]
     config.hypermodel.path = str(tmp_path)
     with pytest.raises(UserError, match=r"hypermodel\.path: system=fid_icl trains no hypermodel"):

@@ -72,7 +72,7 @@ class LoraHeads(nn.Module):
     """LoRA of every target from per-layer features of its site.
 
     Each of the P features of a layer emits R/P components: P = 1 is the paper's one query a site
-    and layer, P = R gives every component a token of its own.
+    and layer, P = R gives every component a token of its own. R may differ by target.
     """
 
     spec: ad.LoraSpec
@@ -88,12 +88,13 @@ class LoraHeads(nn.Module):
             x = features[site]
             n, t, p, _ = x.shape
             fan_in, fan_out = ad.projection_shape(target, c)
-            each, name = spec.rank // p, target.replace(".", "_")
+            rank, name = spec.rank_of(target), target.replace(".", "_")
+            each = rank // p
             a = Head(each * fan_in, c, 1.0 / fan_in**0.5, name=f"{name}_a")(x)
             b = Head(each * fan_out, c, 0.0, name=f"{name}_b")(x)
             leaf = {
-                "a": a.reshape(n, t, spec.rank, fan_in).swapaxes(-1, -2),
-                "b": b.reshape(n, t, spec.rank, fan_out),
+                "a": a.reshape(n, t, rank, fan_in).swapaxes(-1, -2),
+                "b": b.reshape(n, t, rank, fan_out),
             }
             if spec.bias:
                 leaf["bias"] = jnp.mean(Head(fan_out, c, 0.0, name=f"{name}_bias")(x), 2)

@@ -12,6 +12,7 @@ HyperTuning (Phang et al. 2022), with the choice of two readers:
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import jax
@@ -50,15 +51,17 @@ def hyper_prefix(config: ConfigDict, sizes: T5Config) -> nn.Module:
 
 def hyper_lora(config: ConfigDict, sizes: T5Config) -> nn.Module:
     """HyperT5-LoRA."""
-    h, rank, gists = config.hypermodel, config.adapter.lora_rank, 0
+    h, lora, gists = config.hypermodel, specs.lora(config), 0
     if h.reader == "layerwise":
-        gists = h.gist_tokens or rank
-        if rank % gists:
-            raise UserError(
-                f"adapter.lora_rank={rank} is no multiple of hypermodel.gist_tokens="
-                f"{gists}: each of them emits as many components; set the latter to 0"
-            )
-    return HyperT5(sizes, ad.AdapterSpec(lora=specs.lora(config)), h.reader, gists)
+        gists = h.gist_tokens or math.gcd(*map(lora.rank_of, lora.targets))
+        for target in lora.targets:
+            if lora.rank_of(target) % gists:
+                raise UserError(
+                    f"adapter.lora_rank={lora.rank_of(target)} is no multiple of "
+                    f"hypermodel.gist_tokens={gists} at {target}: each of them emits as many "
+                    "components; set the latter to 0"
+                )
+    return HyperT5(sizes, ad.AdapterSpec(lora=lora), h.reader, gists)
 
 
 class HyperT5(nn.Module):

@@ -68,13 +68,13 @@ class TextToLora(nn.Module):
             x = mixer[1](nn.silu(mixer[0](x)))
             x += block[1](nn.silu(block[0](x)))
             x = nn.silu(last(x))
-            name = target.replace(".", "_")
+            name, rank = target.replace(".", "_"), lora.rank_of(target)
             start = nn.initializers.normal(fan_in**-0.5)
-            a = _head(lora.rank * fan_in, c, start, f"{name}_a")(x)
-            b = _head(lora.rank * fan_out, c, nn.initializers.zeros_init(), f"{name}_b")(x)
+            a = _head(rank * fan_in, c, start, f"{name}_a")(x)
+            b = _head(rank * fan_out, c, nn.initializers.zeros_init(), f"{name}_b")(x)
             leaf = {
-                "a": a.reshape(n, len(ids), fan_in, lora.rank),
-                "b": b.reshape(n, len(ids), lora.rank, fan_out),
+                "a": a.reshape(n, len(ids), fan_in, rank),
+                "b": b.reshape(n, len(ids), rank, fan_out),
             }
             if lora.bias:
                 zeros = nn.initializers.zeros_init()
