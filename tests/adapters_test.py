@@ -423,8 +423,9 @@ def test_folder_round_trip_is_exact(folder: Path) -> None:
 
 def test_transposed_and_bfloat16_leaves_survive_the_disk(tmp_path: Path) -> None:
     leaf = jax.random.normal(jax.random.key(0), (2, 1, 2, 16), jnp.bfloat16)
-    tree = {"enc_self": {"query": {"a": np.asarray(leaf).swapaxes(2, 3)}}}
-    saved, *_ = ad.load(ad.save(tmp_path / "a", Adapters(tree, LORA), {}))
+    query = {"a": np.asarray(leaf).swapaxes(2, 3), "b": np.asarray(leaf)}
+    spec = AdapterSpec(lora=LoraSpec(("enc_self.query",), 2, 1.0))
+    saved, *_ = ad.load(ad.save(tmp_path / "a", Adapters({"enc_self": {"query": query}}, spec), {}))
     assert saved.tree["enc_self"]["query"]["a"].dtype == jnp.bfloat16
     np.testing.assert_array_equal(saved.tree["enc_self"]["query"]["a"], leaf.swapaxes(2, 3))
 
