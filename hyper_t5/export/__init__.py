@@ -139,7 +139,7 @@ def is_peft(folder: Path) -> bool:
 def asked(meta: dict[str, Any]) -> str:
     """How the hypermodel's encoding writes an input; '' where inputs are taken as they are."""
     name = meta.get("encoding", "labelled")
-    if name not in ENCODINGS:
+    if name not in tuple(ENCODINGS):  # a list has no hash
         raise UserError(f"adapter: encoding {name!r:.40} is none of {', '.join(ENCODINGS)}")
     written = ENCODINGS[name].asked("...")
     return "" if written == "..." else written
