@@ -12,7 +12,7 @@ import pytest
 import runs
 
 from hyper_t5 import bench, cli, plots, t5
-from hyper_t5.bench import measure, serving
+from hyper_t5.bench import against_peft, against_torch, measure, serving
 
 
 def test_a_slower_arm_is_worse_and_turns_alternate() -> None:
@@ -62,6 +62,23 @@ def test_adapters_break_even_where_their_generation_is_paid_back(tmp_path: Path)
     assert "never" in serving._told(curve)
 
 
+def test_answers_that_differ_are_no_race() -> None:
+    result = measure.Result("predict", "", [])
+    work = against_peft.Work([[5, 1]] * 10, [0] * 10, 4, 4)
+    ours = lambda _: [[7, 1]] * 10  # noqa: E731
+    theirs = lambda _: [[7, 1]] * 8 + [[8, 1]] * 2  # noqa: E731
+    with pytest.raises(RuntimeError, match=r"80\.0%"):
+        against_peft._compare(result, "one task", work, ours, theirs, tiny=True)
+    assert not result.rows
+
+
+def test_what_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(against_torch, "NEEDED", ("no_such_package",))
+    result = against_peft.predict(bench.Options(tiny=True))
+    assert result.skipped == "no_such_package not installed; pip install no_such_package"
+    assert "SKIPPED: no_such_package" in measure.table(result)
+
+
 def test_an_unknown_benchmark_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "speed"]) == 2
     assert "benchmark" in capsys.readouterr().err
@@ -72,7 +89,7 @@ def test_an_unknown_benchmark_is_one_line(capsys: pytest.CaptureFixture[str]) ->
     [pytest.param(n, marks=[pytest.mark.slow] if n != "data" else []) for n in bench.BENCHES],
 )
 def test_each_runs_and_writes_its_table(name: str, tmp_path: Path) -> None:
-    if name == "torch":
+    if name in ("torch", "predict"):
         pytest.importorskip("peft")
     sni = runs.save_sni(tmp_path / "official")
     gin = [f"--gin.data.sni_dir={sni}", "--gin.data.vocab=bytes"]

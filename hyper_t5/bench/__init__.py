@@ -26,6 +26,7 @@ BENCHES = {
     "torch": ("against_torch", "torch"),
     "examples": ("training", "examples"),
     "serving": ("serving", "serving"),
+    "predict": ("against_peft", "predict"),
     "data": ("pipeline", "data"),
     "packing": ("pipeline", "packing"),
     "scaling": ("pipeline", "scaling"),

@@ -20,7 +20,7 @@ def run() -> None:
     order = json.loads(sys.argv[1])
     name, answer = order.pop("name"), Path(order.pop("answer"))
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    if name == "torch":
+    if name in ("torch", "predict"):
         # Both frameworks take as many threads as there are cores they may run on.
         os.environ["JAX_PLATFORMS"] = "cpu"
         if hasattr(os, "sched_setaffinity"):

@@ -30,9 +30,8 @@ def torch(options: Options) -> measure.Result:
     Raises RuntimeError when the two do not compute the same thing.
     """
     title = "our T5 against Hugging Face's in PyTorch, float32"
-    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-        remedy = f"{', '.join(missing)} not installed; pip install torch transformers peft"
-        return measure.Result("torch", title, [], skipped=remedy)
+    if absent := missing():
+        return measure.Result("torch", title, [], skipped=absent)
     # PyTorch has no loop over layers either.
     sizes = t5.preset("tiny" if options.tiny else "small", scan_unroll=8)
     shapes = Shapes(1, 4, 1, 16, 8) if options.tiny else Shapes(1, 8, 1, 256, 64)
@@ -41,7 +40,7 @@ def torch(options: Options) -> measure.Result:
     theirs = _Theirs(sizes, backbone, batch)
     ours = _Ours(sizes, backbone, batch, shapes)
     agreement = _compare(ours, theirs, steps)
-    note = f"both on {theirs.threads} threads; {theirs.versions}; JAX {jax.__version__}"
+    note = f"{theirs.versions}; JAX {jax.__version__}"
     result = measure.Result(
         "torch",
         title,
@@ -69,6 +68,27 @@ def torch(options: Options) -> measure.Result:
         seconds = measure.in_turns({OURS: a, THEIRS: b}, 2 if options.tiny else 5, warm_up=2)
         result.rows.append(measure.time_row(what, seconds, OURS, THEIRS))
     return result
+
+
+def missing() -> str:
+    """What of PyTorch's side is not installed, and the remedy; empty where all is."""
+    absent = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    return f"{', '.join(absent)} not installed; pip install {' '.join(NEEDED)}" if absent else ""
+
+
+def set_up() -> str:
+    """Give PyTorch as many threads as there are cores; a line that says its versions."""
+    import torch
+    import transformers
+
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    torch.set_num_threads(threads or 1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return (
+        f"both on {threads} threads; torch {torch.__version__}, transformers "
+        f"{transformers.__version__}"
+    )
 
 
 def _compare(ours: _Ours, theirs: _Theirs, steps: int) -> str:
@@ -135,14 +155,8 @@ class _Ours:
 class _Theirs:
     def __init__(self, sizes: t5.T5Config, backbone: Any, batch: Any) -> None:
         import torch
-        import transformers
 
-        self._torch = torch
-        self.threads = min(2, os.cpu_count() or 1)
-        torch.set_num_threads(self.threads)
-        self.versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
+        self._torch, self.versions = torch, set_up()
         self._folder = tempfile.TemporaryDirectory()
         weights.save_hf(self._folder.name + "/t5", sizes, jax.tree.map(np.asarray, backbone))
         self._model = self._load()

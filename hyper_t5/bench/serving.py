@@ -65,7 +65,7 @@ def serving(options: Options) -> measure.Result:
     A batch has ten rows: of ten tasks with 1 input each, of one task with 10, or a tenth of one
     task's 100. No row ends early, so that all arms decode as many tokens.
     """
-    size, lengths = ("tiny", (32, 8, 2)) if options.tiny else ("small", (256, 64, 16))
+    size, lengths = ("tiny", (32, 8, 2)) if options.tiny else ("mini", (256, 64, 16))
     setting = Setting(t5.preset(size), *lengths)
     backbone = random_backbone(setting.sizes)
     result = measure.Result(
