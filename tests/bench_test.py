@@ -62,14 +62,28 @@ def test_adapters_break_even_where_their_generation_is_paid_back(tmp_path: Path)
     assert "never" in serving._told(curve)
 
 
+@dataclasses.dataclass
+class Told:
+    """An arm that gives these answers."""
+
+    answers: list[list[int]]
+    idle: float = 0.0
+
+    def __call__(self, work: against_peft.Work) -> list[list[int]]:
+        return self.answers
+
+
 def test_answers_that_differ_are_no_race() -> None:
     result = measure.Result("predict", "", [])
     work = against_peft.Work([[5, 1]] * 10, [0] * 10, 4, 4)
-    ours = lambda _: [[7, 1]] * 10  # noqa: E731
-    theirs = lambda _: [[7, 1]] * 8 + [[8, 1]] * 2  # noqa: E731
+    ours, most = Told([[7, 1]] * 10), [[7, 1]] * 8
+    theirs = Told([*most, [8, 1], [8, 1]])
     with pytest.raises(RuntimeError, match=r"80\.0%"):
         against_peft._compare(result, "one task", work, ours, theirs, tiny=True)
     assert not result.rows
+    against_peft._compare(result, "one task", work, ours, Told([*most, [7, 1], [8, 1]]), tiny=True)
+    assert "90.0% of them the same" in result.notes[0]
+    assert result.rows[0].unit == "tokens/s"
 
 
 def test_what_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
