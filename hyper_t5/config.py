@@ -78,14 +78,21 @@ def defaults() -> ConfigDict:
             "prefix_length": 32,
             "prefix_sites": ("enc_self", "dec_cross"),
             "position_bias": "hf",  # 'hf' | 'zero'
+            "prefix_mask": False,  # task_prefix: slots that its start leaves out stay out
             "bottleneck_sites": ("enc_mlp", "dec_mlp"),
             "bottleneck_sizes": (64,),  # one for all of them, or one each
             "bottleneck_activation": "gelu",  # 'gelu' | 'relu' | 'silu' | 'tanh'
             "bottleneck_input": "normed",  # 'normed', what the MLP reads | 'raw', before its norm
             "task_slots": 0,  # for how many tasks a system with adapters for each keeps them
         },
+        "peft": {
+            # What the adapters of each task start from: a workdir, whose hypermodel makes them, or
+            # an adapter folder; '' = random, as PEFT's do. configs/peft.py takes sizes from there.
+            "init": "",
+        },
         "data": {
             "mixture": "synthetic",
+            "task_files": "",  # mixture 'task_files': a task file, a folder of them, or a glob
             "sni_dir": "",  # Super-NaturalInstructions: the folder that holds tasks/ and splits/
             "p3_dir": "",  # P3 as on the hub: <task>/{info,stats}.<split>.json and TFRecords
             "p3_prompts": "",  # a file of prompts with their fields masked; see tasks/p3.py
@@ -463,6 +470,16 @@ def _validate_system(config: ConfigDict, needs_backbone: bool) -> None:
         raise UserError(
             f"stage=peft tunes adapters on the tasks that are judged, and system={config.system} "
             "trains none; take one such as task_lora"
+        )
+    if config.peft.init and not (config.stage == "peft" and config.system.startswith("task_")):
+        raise UserError(
+            f"peft.init is where stage=peft starts the adapters of each task from; stage="
+            f"{config.stage} with system={config.system} has none: set it to '', or take "
+            "configs/peft.py"
+        )
+    if config.peft.init and config.hypermodel.path:
+        raise UserError(
+            "peft.init and hypermodel.path are both given, and a run starts once; set one to ''"
         )
     if config.hypermodel.gist_tokens and config.hypermodel.reader != "layerwise":
         raise UserError(

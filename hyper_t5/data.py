@@ -66,6 +66,7 @@ MIXTURES = {
     "metaicl": "hyper_t5.tasks.metaicl",
     "glue": "hyper_t5.tasks.glue",
     "extractive_qa": "hyper_t5.tasks.extractive_qa",
+    "task_files": "hyper_t5.tasks.task_files",
 }
 
 

@@ -97,6 +97,44 @@ def _near(points: Mapping[str, tuple[float, float]], ratio: float = 1.2) -> list
     return [sorted(group, key=lambda name: points[name][1]) for group in groups]
 
 
+def curves(
+    steps: Sequence[int],
+    panels: Mapping[str, Mapping[str, Sequence[Sequence[float]]]],
+    path: str | Path,
+    xlabel: str,
+    ylabel: str,
+) -> str | Path:
+    """Lines over steps, a panel a title; of several runs of a line the mean, and their range."""
+    import matplotlib
+    import numpy as np
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    shape = {"figsize": (1 + 4.5 * columns, 1 + 2.8 * rows), "squeeze": False}
+    figure, grid = pyplot.subplots(rows, columns, sharex=True, sharey=True, **shape)
+    for axes, (title, lines) in zip(grid.flat, panels.items(), strict=False):
+        for name, runs in lines.items():
+            values = np.asarray(runs)
+            (line,) = axes.plot(steps, values.mean(0), marker="o", markersize=3, label=name)
+            axes.fill_between(
+                steps, values.min(0), values.max(0), color=line.get_color(), alpha=0.2
+            )
+        axes.set_title(title, fontsize=10)
+        axes.set_xscale("symlog", linthresh=max(1, min(s for s in steps if s)))
+        axes.set_xticks(steps, [str(s) for s in steps])
+        axes.set_xticks([], minor=True)
+        axes.set_ylim(-3, 103)
+        axes.spines[["top", "right"]].set_visible(False)
+    grid.flat[0].legend(fontsize=8, frameon=False)
+    figure.supxlabel(xlabel, fontsize=10)
+    figure.supylabel(ylabel, fontsize=10)
+    figure.tight_layout()
+    return save(figure, path)
+
+
 def ratios(bars: Mapping[str, float], path: str | Path) -> str | Path:
     """One bar a ratio (``bench``), on a logarithmic scale around 1: to the right is better."""
     import matplotlib

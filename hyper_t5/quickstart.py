@@ -123,12 +123,12 @@ def _one_seed(
         if system in HYPERPRETRAINED:
             first = place.with_name(place.name + "_hyperpretrain")
             print(f"\n== seed {seed}: {arm}, hyperpretraining", flush=True)
-            _train(f"{argument},stage=hyperpretrain,seed={seed}", first, fields)
+            train_run(f"{argument},stage=hyperpretrain,seed={seed}", first, fields)
             fields["hypermodel.path"] = str(first)
             before = cost.training_seconds(first) or 0.0
         print(f"\n== seed {seed}: {arm}", flush=True)
         if SYSTEMS[system].trains and system != CONCAT:
-            _train(f"{argument},seed={seed}", place, fields)
+            train_run(f"{argument},seed={seed}", place, fields)
         else:
             workdir.check_resume(place, _config(f"{argument},seed={seed}", fields))
         reports[system] = evaluate.evaluate_workdir(place)
@@ -137,19 +137,22 @@ def _one_seed(
     return reports
 
 
-def _config(argument: str, fields: dict[str, str]) -> Any:
+def _config(argument: str, fields: Mapping[str, Any], file: str = "") -> Any:
     config = config_lib.load(
-        f"{CONFIG}:{argument}", [Override(k, repr(v), "quickstart") for k, v in fields.items()]
+        f"{file or CONFIG}:{argument}",
+        [Override(k, repr(v), "quickstart") for k, v in fields.items()],
     )
     config_lib.validate(config)
     return config
 
 
-def _train(argument: str, place: Path, fields: dict[str, str]) -> None:
-    config = _config(argument, fields)
+def train_run(argument: str, place: Path, fields: Mapping[str, Any], file: str = "") -> Any:
+    """What ``hyper-t5 train`` does with a config (the quickstart's) of these fields; returns it."""
+    config = _config(argument, fields, file)
     with workdir.hold(place):
         workdir.check_resume(place, config)
         train.train(config, place)
+    return config
 
 
 def _use(out: Path, run: Path, backbone: Path, systems: Sequence[str]) -> dict[str, Path]:

@@ -8,8 +8,10 @@ and the short `{"instruction": ..., "examples": [{"input": ..., "output": ...}]}
 from __future__ import annotations
 
 import dataclasses
+import glob
 import itertools
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -237,13 +239,59 @@ def parse_task_file(raw: Mapping[str, Any], name: str, where: str) -> tuple[str,
         raise UserError(
             f"{where}: has neither Definition (Super-NaturalInstructions) nor instruction/examples"
         )
+    instruction = _instruction(raw, where)
+    examples = _examples(raw, "examples", where, "raise", Counter())
+    if not instruction and not examples:
+        raise UserError(f"{where}: fields instruction and examples are both empty; give one")
+    return instruction, list(examples)
+
+
+def _instruction(raw: Mapping[str, Any], where: str) -> str:
+    """Of the short form."""
     instruction = raw.get("instruction", "")
     if not isinstance(instruction, str):
         raise UserError(f"{where}: field instruction must be text, this is {_kind(instruction)}")
-    examples = _examples(raw, "examples", where, "raise", Counter())
-    if not instruction.strip() and not examples:
-        raise UserError(f"{where}: fields instruction and examples are both empty; give one")
-    return instruction.strip(), list(examples)
+    return instruction.strip()
+
+
+def read_task_rows(
+    path: str | Path, on_bad_row: OnBadRow = "raise", on_empty: OnEmpty = "raise"
+) -> TaskRows:
+    """A task file in either form, as rows to train on and to judge by.
+
+    Of the short form every example is a row, and what is shown is drawn from them.
+
+    Raises:
+        UserError: names file and field; also when there is no row.
+    """
+    raw, where = read_json(path), str(path)
+    if "examples" not in raw and "instruction" not in raw:
+        return read_sni_task(path, on_bad_row, on_empty=on_empty)
+    instruction, name = _instruction(raw, where), Path(path).stem
+    skipped: Counter[str] = Counter()
+    rows = tuple(_rows(raw, "examples", where, name, on_bad_row, skipped, on_empty))
+    if not rows:
+        raise UserError(f"{where}: field examples holds no usable row; a task needs at least one")
+    return TaskRows(name, (instruction,), (), rows, skipped=dict(skipped))
+
+
+def task_paths(given: str) -> list[Path]:
+    """The task files of `data.task_files`: one, a folder's ``*.json``, or a glob; by name.
+
+    Raises:
+        UserError: there are none, or two of one name, which would be one task.
+    """
+    if not given:
+        raise UserError("data.task_files is empty: give a task file, a folder of them, or a glob")
+    path = Path(given).expanduser()
+    found = sorted(path.glob("*.json")) if path.is_dir() else [path] if path.is_file() else []
+    found = found or sorted(Path(name) for name in glob.glob(os.path.expanduser(given)))
+    if not found:
+        raise UserError(f"data.task_files={given}: no such task file, nor a folder or glob of them")
+    names = [file.stem for file in found]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"data.task_files={given}: two files are named {twice[0]}; rename one")
+    return found
 
 
 def _definition(raw: Mapping[str, Any], where: str) -> tuple[str, ...]:

@@ -34,6 +34,7 @@ from hyper_t5 import (
     model,
     optim,
     sharding,
+    tuning,
     watch,
     weights,
     workdir,
@@ -204,12 +205,15 @@ def train(config: ConfigDict, folder: str | Path, profile: bool = False) -> dict
             f"system={config.system} has nothing to train; evaluate it with "
             "`hyper-t5 evaluate`, or choose another system"
         )
+    # Hosts may see a new folder at different times; one of them decides.
+    resumes = distributed.agree("resume", checkpoint.latest_step(folder)) is not None
+    if config.peft.init and not resumes:
+        trained = tuning.start(config, m, backbone, trained)
     optimizer = optim.make_optimizer(config.optimizer, config.train.steps)
     placed = place_state(m, optimizer, trained)
     state = start_state(optimizer, trained, placed)
     meta = model.meta_of(config, backbone)
-    # Hosts may see a new folder at different times; one of them decides.
-    if distributed.agree("resume", checkpoint.latest_step(folder)) is not None:
+    if resumes:
         state = _resume(folder, state, backbone, m)
     first = int(state["step"])
     distributed.say(
@@ -227,7 +231,8 @@ def train(config: ConfigDict, folder: str | Path, profile: bool = False) -> dict
         return {}
     sampler = data.make_sampler(config, backbone.vocab, m.choice.layout)
     if sampler.names:
-        meta["tasks"] = _task_names(config, m, sampler)
+        tuning.check_slots(m, len(sampler.names))
+        meta["tasks"] = list(sampler.names)
     step: Any = make_step(m, optimizer, config, placed)
     key, share = jax.random.key(config.seed), sharding.share_of(placement)
 
@@ -399,16 +404,6 @@ def _not_finite(
         "optimizer.learning_rate, set optimizer.clip_norm or train.on_bad_step=skip, and start "
         "again"
     )
-
-
-def _task_names(config: ConfigDict, m: Model, sampler: data.Sampler) -> list[str]:
-    """Which task has which number; those of a run go with its checkpoint."""
-    if m.task_slots and m.task_slots < len(sampler.names):
-        raise UserError(
-            f"adapter.task_slots={m.task_slots}, but there are {len(sampler.names)} tasks to keep "
-            f"adapters for; set it to {len(sampler.names)}"
-        )
-    return list(sampler.names)
 
 
 def _resume(folder: epath.Path, state: State, backbone: model.Backbone, m: Model) -> State:
