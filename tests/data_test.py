@@ -305,6 +305,52 @@ def test_task_file_in_both_forms(tmp_path: Path) -> None:
             read_task_file(path)
 
 
+def task_files_config(files: Path | str, **fields: Any) -> ConfigDict:
+    config = config_lib.defaults()
+    config.data.update(mixture="task_files", task_files=str(files), vocab="bytes", **fields)
+    return config
+
+
+def test_task_files_are_a_mixture(tmp_path: Path) -> None:
+    pairs = [{"input": f"in {i}", "output": [f"out {i}", "or"]} for i in range(5)]
+    short = {"instruction": " Do. ", "examples": pairs}
+    (tmp_path / "b-short.json").write_text(json.dumps(short))
+    (tmp_path / "a.json").write_text(json.dumps(sni_object("a", rows=3, examples=1)))
+    for split in ("train", *data.held_out_splits("task_files")):
+        config = task_files_config(tmp_path)
+        first, second = data.load_tasks("task_files", config.data, split, BYTES)
+        assert (first.name, len(first.rows), len(first.examples)) == ("a", 3, 1)
+        assert (second.name, second.instruction, second.examples) == ("b-short", "Do.", ())
+        assert second.rows[1].outputs == ("out 1", "or")
+        assert len(second.rows) == 5
+    config = task_files_config(tmp_path / "b-*.json")
+    config.stage, config.eval.max_rows_per_task = "peft", 2
+    (tuned,) = data.load_peft_tasks(config, BYTES)
+    assert [row.input for row in tuned.rows] == ["in 2", "in 3", "in 4"]
+    # A file that changed is read again.
+    short["examples"] = pairs[:3]
+    (tmp_path / "b-short.json").write_text(json.dumps(short))
+    assert len(data.load_peft_tasks(config, BYTES)[0].rows) == 1
+
+
+def test_task_files_that_are_wrong(tmp_path: Path) -> None:
+    path, other = tmp_path / "one" / "task.json", tmp_path / "two" / "task.json"
+    for file in (path, other):
+        file.parent.mkdir()
+        file.write_text(json.dumps({"instruction": "Do.", "examples": [{"input": "x"}]}))
+    for files, message in [
+        ("", r"data\.task_files is empty"),
+        (tmp_path, "no such task file"),
+        (tmp_path / "*" / "task.json", "two files are named task"),
+        (path, r"task\.json: examples\[0\] lacks field output"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            data.load_tasks("task_files", task_files_config(files).data, "test", BYTES)
+    config = task_files_config(path, on_bad_row="skip")
+    with pytest.raises(UserError, match="field examples holds no usable row"):
+        data.load_tasks("task_files", config.data, "test", BYTES)
+
+
 # ------------------------------------------------------------------------- conditioning
 
 

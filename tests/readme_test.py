@@ -115,6 +115,8 @@ def test_something_is_found() -> None:
 def overridden(config: str) -> Any:
     """The config of a `--config`, from the repository's root; the defaults for ''."""
     path, colon, arg = config.partition(":")
+    if path == "configs/peft.py":  # which reads the run and the task that it is given
+        arg = ",".join(a for a in arg.split(",") if not a.startswith(("init=", "task=")))
     return config_lib.load(f"{ROOT / path}{colon}{arg}") if config else config_lib.defaults()
 
 
@@ -208,7 +210,7 @@ def test_the_way_to_peft_runs_as_it_stands(
             continue
         argv = words(line)
         args = cli._parse(argv)
-        if args.command in ("adapt", "export", "predict"):
+        if args.command in ("adapt", "export", "predict") or "configs/peft.py" in line:
             if args.command == "adapt" and not Path(args.task).exists():
                 task = next(b.text for b in every if b.language == "json")
                 Path(args.task).write_text(json.dumps(json.loads(task)))
