@@ -25,6 +25,8 @@ Arguments:
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 from ml_collections import ConfigDict
 
 from hyper_t5 import config as config_lib
@@ -67,7 +69,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     return config
 
 
-def _from_init(args: object) -> ConfigDict:
+def _from_init(args: SimpleNamespace) -> ConfigDict:
     config, kind = tuning.settings_of(args.init)
     for name in ("size", "mixture"):
         if getattr(args, name):
@@ -81,7 +83,7 @@ def _from_init(args: object) -> ConfigDict:
     return config
 
 
-def _from_nothing(args: object) -> ConfigDict:
+def _from_nothing(args: SimpleNamespace) -> ConfigDict:
     if args.start not in ("", "random"):
         raise UserError(f"start={args.start} needs init=DIR, a run or an adapter folder")
     system = choose("system", args.system or "task_lora", LEARNING_RATES)

@@ -50,7 +50,7 @@ def main(out: str | Path, seeds: Sequence[int], backbone: str | Path | None = No
             rate = max(made, key=_chosen_by)["rate"]
             made += [_tune(out, sources[who], kind, start, rate, seed) for seed in seeds[1:]]
             curves += [{**curve, "best": curve["rate"] == rate} for curve in made]
-    files.write_json(out / "curves.json", curves)
+    files.write_json(out / "curves.json", {"curves": curves})
     print(f"\n{table(curves)}\n\n{rates_table(curves)}\n")
     print(f"plot: {draw(curves, out / 'curves.png')}\nnumbers: {out / 'curves.json'}")
     return curves
@@ -65,6 +65,8 @@ def _source(out: Path, system: str, backbone: Path) -> Path:
     if system == "shared_prefix":  # as many positions as the hypermodel emits
         fields["adapter.prefix_length"] = 72
     place = out / "sources" / system
+    if model.step_of(place) >= SOURCE_STEPS:
+        return place
     print(f"\n== {system}", flush=True)
     quickstart.train_run(f"system={system}", place, fields)
     return place

@@ -338,12 +338,13 @@ def test_task_files_that_are_wrong(tmp_path: Path) -> None:
     for file in (path, other):
         file.parent.mkdir()
         file.write_text(json.dumps({"instruction": "Do.", "examples": [{"input": "x"}]}))
-    for files, message in [
+    wrong: list[tuple[Path | str, str]] = [
         ("", r"data\.task_files is empty"),
         (tmp_path, "no such task file"),
         (tmp_path / "*" / "task.json", "two files are named task"),
         (path, r"task\.json: examples\[0\] lacks field output"),
-    ]:
+    ]
+    for files, message in wrong:
         with pytest.raises(UserError, match=message):
             data.load_tasks("task_files", task_files_config(files).data, "test", BYTES)
     config = task_files_config(path, on_bad_row="skip")

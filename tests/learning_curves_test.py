@@ -71,7 +71,7 @@ def test_all_of_it_in_two_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     out = tmp_path / "out"
     argv = [f"--out={out}", "--seeds", "0", "1"]
     assert learning_curves.command(argv) == 0
-    curves = json.loads((out / "curves.json").read_text())
+    curves = json.loads((out / "curves.json").read_text())["curves"]
     found = {(c["start"], c["rate"], c["seed"]) for c in curves}
     assert len(found) == len(curves) == 9
     assert {(start, rate, 0) for start in learning_curves.STARTS for rate in (1e-3, 1e-2)} < found
@@ -80,7 +80,7 @@ def test_all_of_it_in_two_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     # A second call makes nothing again.
     monkeypatch.setattr(quickstart, "train_run", lambda *args, **more: None)
     assert learning_curves.command(argv) == 0
-    assert json.loads((out / "curves.json").read_text()) == curves
+    assert json.loads((out / "curves.json").read_text())["curves"] == curves
 
 
 def test_a_mistake_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -192,7 +192,9 @@ def test_ones_own_task_from_the_command_line(root: Path, task: Path, tmp_path: P
 
 
 def _spec(run: Path) -> ad.AdapterSpec:
-    return model.load_run(run)[1].hypermodel.spec
+    emitted = model.load_run(run)[1].hypermodel
+    assert emitted is not None
+    return emitted.spec
 
 
 def test_the_start_is_what_adapt_makes(root: Path, task: Path, tmp_path: Path) -> None:
