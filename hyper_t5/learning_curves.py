@@ -1,7 +1,7 @@
 """HyperTuning's claim about starts, measured: learning curves of tuning on held-out tasks.
 
 ``python -m hyper_t5.learning_curves --out runs/curves --seeds 0 1 2`` tunes LoRA and prefixes of
-all held-out tasks of the embedded suite by ordinary gradients on 32 examples each
+held-out tasks of the embedded suite by ordinary gradients on 32 examples each
 (`configs/peft.py`), from what a hypermodel generates of the task's instruction, from one adapter
 that was trained on all training tasks, and from random; evaluates at a few steps; and writes
 curves.json, curves.png and a table. Each start has the learning rate of RATES that is best for it:
@@ -28,7 +28,7 @@ from hyper_t5.tasks import synthetic
 KINDS = ("lora", "prefix")
 STARTS = {"generated": "hyper", "shared": "shared", "random": "hyper"}  # and whose sizes it has
 RATES = (1e-3, 3e-3, 1e-2)
-STEPS = (0, 10, 30, 100)  # that are judged
+STEPS = (0, 5, 20, 80)  # that are judged
 SOURCE_STEPS = 300
 EXAMPLES = 32  # that a task is tuned on
 ROWS = 20  # of a task that are judged: half to choose the rate by, half to report
@@ -37,10 +37,15 @@ BATCH = 4  # rows of each task, all tasks in every step
 Curve = dict[str, Any]
 
 
-def main(out: str | Path, seeds: Sequence[int], backbone: str | Path | None = None) -> list[Curve]:
-    """Make and write all curves; returns them."""
+def main(
+    out: str | Path, seeds: Sequence[int], backbone: str | Path | None = None, tasks: int = 0
+) -> list[Curve]:
+    """Make and write all curves; returns them. ``tasks``: the first so many of a split; 0 = all."""
     out, backbone = Path(out), Path(backbone or quickstart.shipped_backbone())
     curves: list[Curve] = []
+    for split in synthetic.HELD_OUT:
+        for name, task in list(synthetic.suite()[split].items())[: tasks or None]:
+            files.write_json(out / "tasks" / f"{split}-{name}.json", task)
     for kind in KINDS:
         sources = {
             who: _source(out, f"{who}_{kind}", backbone) for who in dict.fromkeys(STARTS.values())
@@ -83,14 +88,16 @@ def _tune(out: Path, source: Path, kind: str, start: str, rate: float, seed: int
         "seed": seed,
         "optimizer.learning_rate": rate,
         "data.max_instances_per_task": EXAMPLES,
-        "data.tasks_per_batch": sum(len(synthetic.suite()[s]) for s in synthetic.HELD_OUT),
+        "data.tasks_per_batch": len(list((out / "tasks").iterdir())),
         "data.examples_per_task": BATCH,
         "eval.max_rows_per_task": ROWS,
+        "eval.batch": ROWS,
+        "eval.shots": 0,  # the instruction alone, as in the quickstart
         "train.steps": STEPS[-1],
         "train.save_every": int(np.gcd.reduce(STEPS)),
         "train.keep": 0,
     }
-    argument = f"init={source},start={start}"
+    argument = f"init={source},start={start},task={out / 'tasks'}"
     config = quickstart.train_run(argument, place, fields, "configs/peft.py")
     m, backbone, trained, frozen = model.start(config)
     if config.peft.init:
@@ -111,12 +118,16 @@ def _tune(out: Path, source: Path, kind: str, start: str, rate: float, seed: int
 
 
 def _halves(predictions: Sequence[dict[str, Any]]) -> dict[str, tuple[float, float]]:
-    """split -> exact match of the first half of each task's rows, and of the second."""
+    """split -> exact match of the first half of each task's rows, and of the second.
+
+    A task is named by its split.
+    """
     found: dict[str, tuple[list[float], list[float]]] = {}
     seen: dict[str, int] = {}
     for row in predictions:
         place = seen[row["task"]] = seen.get(row["task"], -1) + 1
-        found.setdefault(row["split"], ([], []))[place >= ROWS // 2].append(row[quickstart.METRIC])
+        split = row["task"].partition("-")[0]
+        found.setdefault(split, ([], []))[place >= ROWS // 2].append(row[quickstart.METRIC])
     return {s: (float(np.mean(one)), float(np.mean(two))) for s, (one, two) in found.items()}
 
 
@@ -185,9 +196,12 @@ def command(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="SEED")
     parser.add_argument("--backbone", type=Path, metavar="DIR", help="another than the shipped one")
+    parser.add_argument(
+        "--tasks", type=int, default=0, metavar="N", help="of each split (default: all 24)"
+    )
     args = parser.parse_args(argv)
     try:
-        main(args.out, args.seeds, args.backbone)
+        main(args.out, args.seeds, args.backbone, args.tasks)
     except UserError as error:
         print(f"learning_curves: error: {error}", file=sys.stderr)
         return 2
