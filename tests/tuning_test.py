@@ -73,7 +73,14 @@ def _predictions(config: Any, m: Any, backbone: Any, params: Any, names: Any = (
     return evaluate.evaluate(config, m, backbone, params, names)[1]
 
 
-@pytest.mark.parametrize("name", ["hyper_lora", "hyper_prefix", "hyper_prefix_queries"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "hyper_lora",
+        "hyper_prefix",
+        pytest.param("hyper_prefix_queries", marks=pytest.mark.slow),
+    ],
+)
 def test_it_starts_as_what_the_hypermodel_makes(root: Path, name: str) -> None:
     config = _tuned(root / name)
     m, backbone, trained, frozen = _at_start(config)
@@ -147,6 +154,7 @@ def test_tuning_learns_and_only_adapters_change(root: Path, tmp_path: Path) -> N
         assert not moved[:, :2][out].any()
 
 
+@pytest.mark.slow
 def test_it_goes_on_bit_by_bit(root: Path, tmp_path: Path) -> None:
     config = _tuned(root / "hyper_lora")
     runs.run(config, tmp_path / "whole")
@@ -266,15 +274,24 @@ def test_another_backbone_is_refused(root: Path, task: Path, tmp_path: Path) -> 
 def test_other_tasks_are_refused(root: Path, task: Path, tmp_path: Path) -> None:
     config = _tuned(root / "hyper_lora", **{"adapter.task_slots": 1})
     assert "adapter.task_slots=1, but there are 2 tasks" in _refused(config)
-    # An earlier tuning knows its own tasks alone.
-    runs.run(_tuned(root / "hyper_lora"), tmp_path / "first")
-    again = _tuned(tmp_path / "first", "start=tuned", f"task={task}")
-    assert "task mine: task_lora has adapters for each task" in _refused(again)
     # A folder of three tasks' adapters is not for two.
     one, meta, _ = ad.load(serve.adapt(root / "hyper_lora", task, tmp_path / "one"))
     three = ad.save(tmp_path / "three", ad.take(one, [0, 0, 0]), meta)
     config = _tuned(root / "hyper_lora", **{"peft.init": str(three)})
     assert "holds adapters of 3 tasks, and this run tunes 2" in _refused(config)
+
+
+@pytest.mark.slow
+def test_an_earlier_tuning_knows_its_own_tasks_alone(
+    root: Path, task: Path, tmp_path: Path
+) -> None:
+    runs.run(_tuned(root / "hyper_lora"), tmp_path / "first")
+    again = _tuned(tmp_path / "first", "start=tuned", f"task={task}")
+    assert "task mine: task_lora has adapters for each task" in _refused(again)
+    config = _tuned(tmp_path / "first", "start=tuned")
+    trained = _at_start(config)[2]["hypermodel"]
+    last, _ = checkpoint.load_subtree(tmp_path / "first", "params/hypermodel")
+    assert all(np.array_equal(trained[name], last[name]) for name in last)
 
 
 @pytest.mark.parametrize(
