@@ -284,8 +284,10 @@ def task_paths(given: str) -> list[Path]:
     if not given:
         raise UserError("data.task_files is empty: give a task file, a folder of them, or a glob")
     path = Path(given).expanduser()
-    found = sorted(path.glob("*.json")) if path.is_dir() else [path] if path.is_file() else []
-    found = found or sorted(Path(name) for name in glob.glob(os.path.expanduser(given)))
+    if path.is_dir():
+        found = sorted(path.glob("*.json"))
+    else:  # a name may hold what a glob means otherwise, such as "[1]"
+        found = [path] if path.is_file() else sorted(map(Path, glob.glob(str(path))))
     if not found:
         raise UserError(f"data.task_files={given}: no such task file, nor a folder or glob of them")
     names = [file.stem for file in found]
