@@ -11,7 +11,6 @@ import dataclasses
 import glob
 import itertools
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
