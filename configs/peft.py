@@ -61,7 +61,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.data.tasks_per_batch = at_once
     config.data.examples_per_task = max(4, 16 // at_once)
     config.train.microbatches = 1
-    config.mesh.update(slices=1, data=-1, model=1)  # not the machines that init was trained on
+    # Not the machines that init was trained on; a task or two fill no more than one device.
+    config.mesh.update(slices=1, data=1 if args.task else -1, model=1)
     config.train.steps, config.train.log_every, config.train.save_every = STEPS, 10, STEPS
     config.optimizer = config_lib.defaults().optimizer
     config.optimizer.learning_rate = LEARNING_RATES[config.system]

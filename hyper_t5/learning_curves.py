@@ -25,9 +25,8 @@ from hyper_t5 import checkpoint, evaluate, files, model, plots, quickstart, tuni
 from hyper_t5.errors import UserError
 from hyper_t5.tasks import synthetic
 
-KINDS = ("lora", "prefix")
 STARTS = {"generated": "hyper", "shared": "shared", "random": "hyper"}  # and whose sizes it has
-RATES = (1e-3, 3e-3, 1e-2)
+RATES = {"lora": (1e-3, 3e-3, 1e-2, 3e-2), "prefix": (3e-3, 1e-2, 3e-2, 1e-1)}
 STEPS = (0, 5, 20, 80)  # that are judged
 SOURCE_STEPS = 300
 EXAMPLES = 32  # that a task is tuned on
@@ -46,12 +45,12 @@ def main(
     for split in synthetic.HELD_OUT:
         for name, task in list(synthetic.suite()[split].items())[: tasks or None]:
             files.write_json(out / "tasks" / f"{split}-{name}.json", task)
-    for kind in KINDS:
+    for kind in RATES:
         sources = {
             who: _source(out, f"{who}_{kind}", backbone) for who in dict.fromkeys(STARTS.values())
         }
         for start, who in STARTS.items():
-            made = [_tune(out, sources[who], kind, start, rate, seeds[0]) for rate in RATES]
+            made = [_tune(out, sources[who], kind, start, rate, seeds[0]) for rate in RATES[kind]]
             rate = max(made, key=_chosen_by)["rate"]
             made += [_tune(out, sources[who], kind, start, rate, seed) for seed in seeds[1:]]
             curves += [{**curve, "best": curve["rate"] == rate} for curve in made]
@@ -150,7 +149,7 @@ def table(curves: Sequence[Curve]) -> str:
     for split in synthetic.HELD_OUT:
         lines[0] += [split.replace("_", " ") if i == 0 else "" for i in range(len(steps))]
         lines[1] += steps
-    for kind in KINDS:
+    for kind in RATES:
         for start in STARTS:
             found = _best(curves, kind, start)
             line = [kind, start, f"{found[0]['rate']:g}"]
@@ -163,24 +162,24 @@ def table(curves: Sequence[Curve]) -> str:
 
 
 def rates_table(curves: Sequence[Curve]) -> str:
-    """One rate for all starts: exact match at the end, the first seed, mean of the splits."""
-    lines = [["learning rate", "", *(f"{rate:g}" for rate in RATES)]]
-    seed = curves[0]["seed"]
-    for kind in KINDS:
+    """The same rate for all starts: exact match at the end, first seed, mean of the splits."""
+    seed, rates = curves[0]["seed"], sorted({rate for of in RATES.values() for rate in of})
+    lines = [["learning rate", "", *(f"{rate:g}" for rate in rates)]]
+    for kind in RATES:
         for start in STARTS:
             at = {
                 c["rate"]: np.mean([values[-1] for values in c["reported"].values()])
                 for c in curves
                 if (c["kind"], c["start"], c["seed"]) == (kind, start, seed)
             }
-            lines.append([kind, start, *(f"{at[rate]:.1f}" for rate in RATES)])
+            lines.append([kind, start, *(f"{at[r]:.1f}" if r in at else "-" for r in rates)])
     return evaluate.aligned(lines)
 
 
 def draw(curves: Sequence[Curve], path: Path) -> str | Path:
     """A panel for each kind and split, a line for each start."""
     panels: dict[str, dict[str, Any]] = {}
-    for kind in KINDS:
+    for kind in RATES:
         for split in synthetic.HELD_OUT:
             lines = {
                 start: [c["reported"][split] for c in _best(curves, kind, start)]

@@ -34,8 +34,7 @@ def _curve(start: str, rate: float, seed: int, reported: list[float], best: bool
 
 
 def test_tables_and_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(learning_curves, "KINDS", ("lora",))
-    monkeypatch.setattr(learning_curves, "RATES", (1e-3, 1e-2))
+    monkeypatch.setattr(learning_curves, "RATES", {"lora": (1e-3, 1e-2)})
     curves = [
         _curve(start, rate, seed, [0.0, 10.0 * seed, 40.0 + seed], rate == 1e-2)
         for start in learning_curves.STARTS
@@ -62,7 +61,7 @@ def test_the_best_rate_is_chosen_by_the_other_half() -> None:
 def test_all_of_it_in_two_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "config.py"
     file.write_text(runs.QUICKSTART)
-    small = {"KINDS": ("prefix",), "RATES": (1e-3, 1e-2), "STEPS": (0, 2), "ROWS": 2}
+    small = {"RATES": {"prefix": (1e-3, 1e-2)}, "STEPS": (0, 2), "ROWS": 2}
     for name, value in (small | {"SOURCE_STEPS": 2, "EXAMPLES": 2, "BATCH": 1}).items():
         monkeypatch.setattr(learning_curves, name, value)
     monkeypatch.setattr(quickstart, "CONFIG", str(file))
