@@ -147,8 +147,9 @@ def _told(curve: measure.Curve) -> str:
         return "never" if x is None else f"{x:.2f}"
 
     return (
-        f"break-even of {curve.arm} at {curve.panel}: {number(curve.break_even)} inputs a task "
-        f"({number(curve.low)} to {number(curve.high)}), by FLOPs {number(curve.by_flops)}"
+        f"break-even of {curve.arm} at {curve.panel}, in inputs a task: "
+        f"{number(curve.break_even)} ({number(curve.low)} to {number(curve.high)}), by FLOPs "
+        f"{number(curve.by_flops)}"
     )
 
 
