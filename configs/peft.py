@@ -39,7 +39,7 @@ from hyper_t5.taskfile import task_paths
 STARTS = ("generated", "shared", "tuned", "random")
 # The best of docs/results.md from generated starts (bottlenecks: ours).
 STEPS = 80
-LEARNING_RATES = {"task_lora": 1e-3, "task_prefix": 3e-3, "task_bottleneck": 1e-3}
+LEARNING_RATES = {"task_lora": 1e-3, "task_prefix": 1e-2, "task_bottleneck": 1e-3}
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

@@ -104,9 +104,13 @@ def adapters_of(init: str, config: ConfigDict, backbone: Backbone) -> ad.Adapter
         return _of_folder(init, config, backbone)
     if (folder / workdir.CONFIG_FILE).exists():
         return _of_run(init, config, backbone)
-    raise UserError(
-        f"peft.init={init}: neither a run ({workdir.CONFIG_FILE}) nor an adapter folder "
-        f"({ad.SPEC_FILE}); `hyper-t5 train` makes the one, `hyper-t5 adapt` the other"
+    raise UserError(f"peft.{_neither(init)}")
+
+
+def _neither(init: str) -> str:
+    return (
+        f"init={init}: neither the workdir of a run nor a native adapter folder; of PEFT's "
+        "`hyper-t5 export --format native` makes one"
     )
 
 
@@ -203,7 +207,7 @@ def settings_of(init: str) -> tuple[ConfigDict, str]:
         if BACKBONE in model.SYSTEMS[system].trains:
             config.backbone.path = str(init)
     else:
-        raise UserError(f"init={init}: neither the workdir of a run nor an adapter folder")
+        raise UserError(_neither(init))
     _adopt(config, init, found)
     config.stage, config.peft.init = "peft", str(init)
     config.hypermodel.path = ""  # of the run that made them, if it had one
@@ -231,6 +235,11 @@ def _adopt(config: ConfigDict, init: str, found: ad.Adapters) -> None:
         raise UserError(f"init={init}: emits {has}; what can be tuned is one of {', '.join(KINDS)}")
     config.system = f"task_{kinds[0]}"
     if lora := spec.lora:
+        if lora.rank_pattern or lora.alpha_pattern:
+            raise UserError(
+                f"init={init}: its LoRA has another rank or alpha in some places, and what is "
+                "tuned has one of each"
+            )
         a.lora_rank, a.lora_alpha = lora.rank, float(lora.alpha)
         a.lora_bias, a.lora_targets = lora.bias, lora.targets
     if prefix := spec.prefix:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -297,7 +298,7 @@ def test_an_earlier_tuning_knows_its_own_tasks_alone(
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("init={root}/no", "init={root}/no: neither the workdir of a run nor an adapter folder"),
+        ("init={root}/no", "init={root}/no: neither the workdir of a run nor a native adapter"),
         ("init={root}/hyper_lora,start=shared", "holds is generated"),
         ("init={root}/hyper_lora,system=task_prefix", "is of task_lora; leave it"),
         ("init={root}/hyper_lora,mixture=p3", "decides it; leave it"),
@@ -334,6 +335,15 @@ def test_what_makes_no_adapters_of_a_task(root: Path, tmp_path: Path) -> None:
         (place / "config.json").write_text(config_lib.to_json(config))
         with pytest.raises(UserError, match=message):
             tuning.settings_of(str(place))
+
+
+def test_what_has_several_ranks_is_refused(root: Path, task: Path, tmp_path: Path) -> None:
+    made, meta, _ = ad.load(serve.adapt(root / "hyper_lora", task, tmp_path / "adapter"))
+    assert made.spec.lora is not None
+    lora = dataclasses.replace(made.spec.lora, rank_pattern=(("enc_self.query", 2),))
+    ad.save(tmp_path / "patterned", ad.Adapters(made.tree, ad.AdapterSpec(lora=lora)), meta)
+    with pytest.raises(UserError, match="another rank or alpha in some places"):
+        tuning.settings_of(str(tmp_path / "patterned"))
 
 
 def test_from_nothing_it_is_the_baselines_sizes() -> None:
