@@ -178,8 +178,7 @@ class Checkpointer:
         mine, digests, reason = distributed.index(), b"", ""
         try:
             digests = _json({name: _digests(parts) for name, parts in shards.items()})
-            for writing in started.result():
-                writing.result()
+            _wait_for_all(started.result())
             if mine:
                 files.write_bytes(folder / f"shards_{mine}.json", digests)
         except Exception as error:
@@ -395,6 +394,18 @@ def _remove(folder: epath.Path) -> None:
     if folder.exists():
         (folder / RECORD).unlink(missing_ok=True)
         folder.rmtree(missing_ok=True)  # the clients of buckets remember what was for seconds
+
+
+def _wait_for_all(writings: list[Any]) -> None:
+    """Raise the first error once all have ended: while one writes, its folder cannot be removed."""
+    errors = []
+    for writing in writings:
+        try:
+            writing.result()
+        except Exception as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
 
 
 def _remove_quietly(folder: epath.Path) -> None:

@@ -445,10 +445,13 @@ def test_no_space_keeps_the_previous_checkpoint(
     resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert f"could not save checkpoint {run}/checkpoints/3" in line
     assert "earlier checkpoints are kept" in line
-    assert {p.name for p in (run / "checkpoints").iterdir()} == {"1", "2"}
+    # TensorStore may still be at it when the folder is removed; the next start removes it then.
+    left = {p.name for p in (run / "checkpoints").iterdir()}
+    assert left - {"3.tmp"} == {"1", "2"}
     assert runs.leaves(run, 2) == runs.leaves(whole, 2)
 
     assert cli.main(runs.command(config, run)) == 0
+    assert not list((run / "checkpoints").glob("*.tmp"))
     assert runs.leaves(run, 4) == runs.leaves(whole, 4)
     assert files(run / "backbone") == files(whole / "backbone")
 
