@@ -34,6 +34,7 @@ REQUIRES = [
     "optax>=0.2.8,<0.3",
     "orbax-checkpoint>=0.12.8,<0.13",
     "protobuf>=6.33.5,<8",
+    "regex>=2024.11,<2027",
     "rouge-score>=0.1.2,<0.2",
     "safetensors>=0.8,<0.9",
     "sentencepiece>=0.2.1,<0.2.3",  # 0.2.3 wants protobuf 7, which apache-beam refuses

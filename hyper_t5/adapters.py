@@ -375,6 +375,11 @@ def astype(adapters: Adapters, dtype: Any) -> Adapters:
     return Adapters(tree, adapters.spec)
 
 
+def digest(adapters: Adapters) -> str:
+    """Of what they hold, as `save` writes it."""
+    return _digest({k: np.asarray(v) for k, v in _flatten(adapters.tree).items()})
+
+
 def check(adapters: Adapters, dims: Dims, where: str) -> None:
     """UserError naming the first tensor whose name or shape does not fit this backbone."""
     found = {k: tuple(v.shape) for k, v in _flatten(adapters.tree).items()}

@@ -39,7 +39,7 @@ from ml_collections import ConfigDict
 
 from hyper_t5 import config as config_lib
 from hyper_t5 import data, records
-from hyper_t5.errors import UserError
+from hyper_t5.errors import UserError, exit_code
 from hyper_t5.overrides import Override
 from hyper_t5.taskfile import TaskRows
 from hyper_t5.tasks import store
@@ -419,17 +419,14 @@ def text_name(text: str) -> str:
     return re.sub(r"\W", "_", stem) or "text"
 
 
+@exit_code("hyper_t5.build")
 def main() -> None:
     """`tfds build` of this file's builder: its flags, without the packages of its other commands.
 
     tfds 4.9.10 imports mlcroissant for `tfds build_croissant` whatever is asked for.
     """
-    try:
-        tfds_build([sys.argv[0], __file__, *sys.argv[1:]])
-    except UserError as error:
-        print(f"hyper_t5.build: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    tfds_build([sys.argv[0], __file__, *sys.argv[1:]])
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -26,6 +26,7 @@ Leaves are named by their path, `params/encoder/layers/mlp/wo/kernel`; a tuple's
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import itertools
 import json
 import logging
@@ -236,6 +237,20 @@ def latest_step(workdir: PathLike) -> int | None:
     """The newest committed step, or None. Its arrays are not read yet. For any one process."""
     folders = _committed(_step_folders(files.as_path(workdir) / FOLDER))
     return next((int(folder.name) for folder in folders), None)
+
+
+def digest(workdir: PathLike) -> str:
+    """Of all that the newest committed step holds, by its record; '' without one.
+
+    Its arrays are not read. For any one process.
+    """
+
+    def read(folder: epath.Path) -> str:
+        return hashlib.sha256(_json(_read_record(folder))).hexdigest()
+
+    if latest_step(workdir) is None:
+        return ""
+    return _first_good(files.as_path(workdir), read, together=False)
 
 
 def restore(workdir: PathLike, step: int | None, target: Any) -> tuple[Any, dict[str, Any]]:

@@ -104,6 +104,10 @@ def _evaluate_here(args: argparse.Namespace) -> None:
     from hyper_t5 import evaluate, workdir
     from hyper_t5.overrides import Override, read_overrides
 
+    if bool(args.workdir) == bool(args.adapter) or bool(args.adapter) != bool(args.backbone):
+        raise UserError("evaluate: give --workdir, or --adapter with its --backbone")
+    if args.adapter and (args.config or not args.out):
+        raise UserError("evaluate: --adapter needs --out, and no --config: give --gin.FIELD=VALUE")
     if args.config:  # a backbone judged as it is: nothing was trained, so there is no workdir yet
         config = config_lib.load(args.config, args.gin, args.gin_file)
         config_lib.validate(config)
@@ -111,7 +115,31 @@ def _evaluate_here(args: argparse.Namespace) -> None:
     overrides = read_overrides(args.gin, args.gin_file)
     if args.mixture:
         overrides.append(Override("eval.mixture", args.mixture, "--mixture"))
-    evaluate.evaluate_workdir(args.workdir, overrides, out=args.out, compare=args.compare)
+    if args.adapter:
+        evaluate.evaluate_adapter(args.adapter, args.backbone, overrides, args.out, args.compare)
+    else:
+        evaluate.evaluate_workdir(args.workdir, overrides, out=args.out, compare=args.compare)
+
+
+def _score(args: argparse.Namespace) -> None:
+    from hyper_t5 import evaluate
+
+    evaluate.score_file(args.predictions, args.references, args.gpt2_merges, args.out, args.compare)
+
+
+def _report(args: argparse.Namespace) -> None:
+    from hyper_t5 import report
+
+    print(report.write_report(args.workdir, args.out))
+
+
+def _robustness(args: argparse.Namespace) -> None:
+    from hyper_t5 import robustness
+    from hyper_t5.overrides import read_overrides
+
+    overrides = read_overrides(args.gin, args.gin_file)
+    with _as_one_process_of_a_run(args):
+        robustness.robustness(args.workdir, args.out, overrides, args.shots, args.metric, args.seed)
 
 
 def _data(args: argparse.Namespace) -> None:
@@ -263,6 +291,10 @@ def _index(text: str) -> int:
     return int(text)
 
 
+def _counts(text: str) -> list[int]:
+    return [_index(part.strip()) for part in text.split(",")]
+
+
 def _float(text: str) -> float:
     try:
         return float(text)
@@ -299,6 +331,17 @@ _DTYPE: Flag = (
         "default": "",
         "help": "of what is written; peft makes float32 of either when it loads it (default: "
         "float32 for peft, else as it is)",
+    },
+)
+_COMPARE: Flag = (
+    "--compare",
+    {
+        "type": Path,
+        "action": "append",
+        "default": [],
+        "metavar": "DIR",
+        "help": "another run's folder, or metrics.json, to put beside it, with the difference over "
+        "the tasks of both; may be repeated",
     },
 )
 _GIN_FILE: Flag = (
@@ -419,11 +462,18 @@ COMMANDS = {
         ],
     ),
     "evaluate": Command(
-        "Generate on held-out tasks and score: metrics.json, predictions, a report with a plot",
+        "Judge held-out tasks: metrics.json with intervals, predictions, a plot; goes on after a "
+        "stop",
         "hyper-t5 evaluate --workdir runs/mtf --compare runs/concat --gin.eval.shots=2",
         _evaluate,
         [
-            _WORKDIR,
+            _path(*_WORKDIR[:1], _WORKDIR[1]["help"], required=False),
+            _path(
+                "--adapter",
+                "instead: an adapter folder, native or PEFT's, which is given to every task",
+                required=False,
+            ),
+            _path("--backbone", "with it: the backbone that it was made for", required=False),
             (
                 "--config",
                 {
@@ -433,17 +483,69 @@ COMMANDS = {
                 },
             ),
             ("--mixture", {"metavar": "NAME", "help": "short for --gin.eval.mixture=NAME"}),
-            _path("--out", "folder for the results (default: WORKDIR/eval/STEP)", required=False),
+            _path("--out", "folder for the results (default: in WORKDIR/eval)", required=False),
+            _COMPARE,
+            *_HOSTS,
+            _GIN_FILE,
+        ],
+    ),
+    "score": Command(
+        "Score a file of predictions: an evaluation's, or a submission beside its references",
+        "hyper-t5 score --predictions runs/mtf/eval/1000/predictions.jsonl --out metrics.json",
+        _score,
+        [
+            _path("--predictions", "predictions.jsonl, or lines of id and prediction"),
+            _path(
+                "--references",
+                "Super-NaturalInstructions' file of references, for lines of id and prediction",
+                required=False,
+            ),
+            _path(
+                "--gpt2_merges", "GPT-2's merges.txt, for the cross-lingual track", required=False
+            ),
+            _path("--out", "a file for all the metrics, as JSON", required=False),
+            _COMPARE,
+        ],
+    ),
+    "report": Command(
+        "One HTML page, with its pictures, of runs that were evaluated",
+        "hyper-t5 report --workdir runs/mtf --workdir runs/concat --out runs/report",
+        _report,
+        [
+            _path(
+                "--workdir",
+                "a run's folder, or a metrics.json; may be repeated; the system concat, where it "
+                "is among them, is what the others are compared with",
+                action="append",
+            ),
+            _path("--out", "folder for report.html and its pictures"),
+        ],
+    ),
+    "robustness": Command(
+        "How much of its text a run reads: shots 0 to 16; reworded, shuffled, another task's text",
+        "hyper-t5 robustness --workdir runs/mtf --workdir runs/shared --out runs/robustness",
+        _robustness,
+        [
+            _path("--workdir", "a run's folder; may be repeated", action="append"),
+            _path("--out", "folder for robustness.json and robustness.png"),
             (
-                "--compare",
+                "--shots",
                 {
-                    "type": Path,
-                    "action": "append",
-                    "default": [],
-                    "metavar": "DIR",
-                    "help": "another run's folder to put beside it; may be repeated",
+                    "type": _counts,
+                    "default": "0,1,2,4,8,16",
+                    "metavar": "N,N,...",
+                    "help": "numbers of examples to show (default: %(default)s)",
                 },
             ),
+            (
+                "--metric",
+                {
+                    "default": "",
+                    "metavar": "NAME",
+                    "help": "of metrics.json's tasks, as rougeL (default: each benchmark's own)",
+                },
+            ),
+            _whole("--seed", "of what is drawn: which other task, which order of words"),
             *_HOSTS,
             _GIN_FILE,
         ],

@@ -181,6 +181,9 @@ def defaults() -> ConfigDict:
             "max_decode_length": 32,
             "beam_size": 1,
             "shots": 2,  # examples shown
+            # 'auto' (options are ranked where every row of a task has them) | 'generate' | 'rank'
+            "how": "auto",
+            "gpt2_merges": "",  # GPT-2's merges.txt: for ROUGE-L of SNI's cross-lingual track
         },
     }
     sections |= {name: dict(s.options) for name, s in SYSTEMS.items() if s.options}
@@ -359,6 +362,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "optimizer.name": ("adafactor", "adamw"),
     "optimizer.schedule": ("constant", "linear", "cosine", "rsqrt"),
     "train.on_bad_step": ("stop", "skip"),
+    "eval.how": ("auto", "generate", "rank"),
 }
 _AT_LEAST: dict[int, tuple[str, ...]] = {
     0: (

@@ -5,7 +5,8 @@ Everything but the seconds follows from shapes: no weight is allocated and nothi
 There are two counts of FLOPs. `flops` is XLA's, of everything that an example needs, and unrolls
 the layers. `jaxpr_flops` counts matrix products and convolutions alone, as model FLOPs utilisation
 is defined (PaLM, arXiv 2204.02311, appendix B), at the true number of a loop's turns; the two
-differ by what is elementwise, about 1 %.
+differ by what is elementwise, about 1 %. `closed_form` is the estimate that papers compare systems
+by, of sizes and lengths alone.
 """
 
 from __future__ import annotations
@@ -30,8 +31,13 @@ from hyper_t5.hypermodels.learned import Learned
 Tree = dict[str, Any]
 
 
-def flops(config: ConfigDict, sizes: t5.T5Config) -> dict[str, float]:
+def flops(
+    config: ConfigDict, sizes: t5.T5Config, rows: int = 1, given: ad.Adapters | None = None
+) -> dict[str, float]:
     """Of ``config.system`` on a backbone of these sizes, at the full lengths of ``config.data``.
+
+    ``rows`` examples of one task are in a batch: they share what the decoder makes of the task's
+    encoded text, where a system gives it that.
 
     - ``per_task``: the hypermodel's run over one conditioning, made once for all of a task's
       examples; 0 where none is read, or as part of every input.
@@ -39,16 +45,18 @@ def flops(config: ConfigDict, sizes: t5.T5Config) -> dict[str, float]:
       text in front of the input where the system has it there, and with the hypermodel's run where
       that is of the inputs themselves.
     - ``concatenated``: the same of the plain backbone with the text in front, the yardstick.
+
+    ``given``: adapters of one task that are there, for a system that emits none.
     """
     m, d = _unrolled(config, sizes), config.data
     params = model.shapes_of(m)
-    wide, targets = d.hyper_length + d.input_length, _ids(1, d.target_length)
+    wide, targets = d.hyper_length + d.input_length, _ids(rows, d.target_length)
 
     def example(backbone: Tree, adapters: Any, inputs: Any, targets: Any) -> jax.Array:
         return t5.T5(m.sizes).apply({"params": backbone}, inputs, targets, adapters)
 
     def count_example(adapters: Any, length: int) -> float:
-        return count(example, params[BACKBONE], adapters, _ids(1, length), targets)
+        return count(example, params[BACKBONE], adapters, _ids(rows, length), targets) / rows
 
     found = {"per_task": 0.0, "per_example": 0.0, "concatenated": count_example(None, wide)}
     if m.choice.reads == "input":
@@ -58,7 +66,61 @@ def flops(config: ConfigDict, sizes: t5.T5Config) -> dict[str, float]:
     if m.hypermodel is not None and not isinstance(m.hypermodel, Learned):
         found["per_task"] = count(m.adapters, params, *_conditioning(m, config))
     length = wide if m.choice.layout == "concat" else d.input_length
-    return found | {"per_example": count_example(_emitted(m, params, config), length)}
+    return found | {"per_example": count_example(given or _emitted(m, params, config), length)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Lengths:
+    """Tokens of a task's text (instruction, examples), of an input and of an output; or means."""
+
+    text: float
+    input: float
+    output: float
+
+
+def block_parameters(sizes: t5.T5Config) -> int:
+    """Numbers in the matrices of all layers: neither embeddings, output, nor norms and biases."""
+    attention = 4 * sizes.emb_dim * sizes.num_heads * sizes.head_dim
+    mlp = (len(sizes.mlp_activations) + 1) * sizes.emb_dim * sizes.mlp_dim
+    encoder = sizes.num_encoder_layers * (attention + mlp)
+    return encoder + sizes.num_decoder_layers * (2 * attention + mlp)
+
+
+def closed_form(
+    sizes: t5.T5Config, lengths: Lengths, examples: float, *, whole: bool = False
+) -> dict[str, float]:
+    """FLOPs of ``examples`` of one task, by the estimate that HINT compares systems with.
+
+    A token meets one of the two stacks, half of the N parameters, with two operations each. Of
+    n examples with t, i and o tokens of text, input and output (Ivison et al. 2023, as HyperLoRA's
+    appendix D.2 has it):
+
+    - ``concat``: N n (t + i + o), where the text is in front of every input
+    - ``adapters``: N t + N n (i + o), where it is read once
+
+    N is `block_parameters`. By that a stack's tokens cost exactly what their matrices do where the
+    stacks are equally deep: keys and values for the decoder, computed of each input token, are half
+    of what a decoder's layer has more than an encoder's. ``whole`` adds what the estimate leaves
+    out of a T5: attention, which grows with the square of lengths, and the output's matrix. What a
+    system does besides, a hypermodel's heads or generated adapters, is in neither.
+    """
+    n, t, i, o = examples, lengths.text, lengths.input, lengths.output
+    parameters = block_parameters(sizes)
+    found = {"concat": parameters * n * (t + i + o), "adapters": parameters * (t + n * (i + o))}
+    if not whole:
+        return found
+
+    def read(tokens: float) -> float:
+        return sizes.num_encoder_layers * tokens * tokens
+
+    def write(tokens: float) -> float:
+        return sizes.num_decoder_layers * o * (o + tokens)
+
+    products = 4 * sizes.num_heads * sizes.head_dim  # of a pair of positions: logits, and values
+    output = 2 * n * o * sizes.emb_dim * sizes.vocab_size
+    found["concat"] += products * n * (read(t + i) + write(t + i)) + output
+    found["adapters"] += products * (read(t) + n * (read(i) + write(i))) + output
+    return found
 
 
 def count(function: Callable[..., Any], *shapes: Any) -> float:

@@ -13,7 +13,7 @@ import itertools
 import queue
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -39,7 +39,6 @@ __all__ = [
     "TextSampler",
     "eval_episodes",
     "examples_of",
-    "extra_metrics",
     "find_mixture",
     "held_out_splits",
     "load_judged",
@@ -56,8 +55,8 @@ __all__ = [
 # data.mixture -> the module of SeqIO Tasks that knows it. Such a module has
 # `register(data_config, split, vocab) -> name of a seqio.Mixture`, every Task's source has
 # `task_rows() -> TaskRows`; HELD_OUT names the splits to evaluate on. A mixture with a vocabulary
-# of its own has its path as VOCAB_FILE, one with metrics of its own the function `extra_metrics`,
-# one with SeqIO names of its own what `find_mixture` says.
+# of its own has its path as VOCAB_FILE, one with SeqIO names of its own what `find_mixture` says.
+# Metrics of a mixture's own are in `protocols`.
 # A new dataset is one file in tasks/ and one line here.
 MIXTURES = {
     "synthetic": "hyper_t5.tasks.synthetic",
@@ -155,13 +154,6 @@ def find_mixture(name: str) -> tuple[str, str, dict[str, Any]]:
 def held_out_splits(mixture: str) -> tuple[str, ...]:
     """The splits of a mixture that evaluation is on."""
     return _module(mixture).HELD_OUT
-
-
-def extra_metrics(
-    mixture: str,
-) -> Callable[[str, Sequence[str], Sequence[Sequence[str]]], dict[str, float]]:
-    """(task, predictions, references) -> metrics of a mixture's own, 0..100; mostly it has none."""
-    return getattr(_module(mixture), "extra_metrics", lambda *_: {})
 
 
 def splits_of(config: Any) -> dict[str, str]:

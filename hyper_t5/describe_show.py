@@ -195,11 +195,7 @@ def plot_lengths(report: Report, file: Path) -> str | Path:
     Raises:
         UserError: the file cannot be written.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = plots.headless()
     kinds = {name: found for name, found in report["lengths"].items() if found["n"]}
     figure, rows = pyplot.subplots(len(kinds), 1, figsize=(8, 1.7 * len(kinds)), squeeze=False)
     for axes, (name, found) in zip(rows[:, 0], kinds.items(), strict=True):

@@ -145,6 +145,31 @@ def read_json(file: str | os.PathLike[str]) -> dict[str, Any]:
     return content
 
 
+def json_object(line: bytes, where: str) -> dict[str, Any]:
+    """The one JSON object of a line of rows; ``where`` names file and line in what is wrong.
+
+    Raises:
+        UserError: not UTF-8, not JSON, no object, or half a surrogate pair in it.
+    """
+    try:
+        value = json.loads(line.decode("utf-8-sig"))
+        # Of an escaped surrogate JSON may hold half the pair; text may not.
+        if b"\\ud" in line or b"\\uD" in line:
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeDecodeError:
+        raise UserError(f"{where}: not UTF-8") from None
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: holds half a surrogate pair, which is no character") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not valid JSON ({error.msg})") from None
+    except (ValueError, RecursionError):
+        what = "a number of thousands of digits, or nested too deeply"
+        raise UserError(f"{where}: not valid JSON ({what})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: must be a JSON object")
+    return value
+
+
 def check_regular(file: Path, largest: int | None = None) -> None:
     """UserError where what is to be read is a device, pipe or folder, or above `largest` bytes.
 

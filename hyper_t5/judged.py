@@ -30,6 +30,7 @@ class EvalTask:
         texts: the rows' inputs [n].
         inputs: [n, Li] int32, padded; [n, Lh + Li] with layout "concat".
         references: [n][r] texts.
+        options: [n][k] texts to choose from; () where the answer is free.
         dropped: examples that did not fit.
         truncated_instruction: whether the conditioning was cut (data.on_long_instruction).
         truncated_inputs: rows whose input was cut.
@@ -44,6 +45,7 @@ class EvalTask:
     texts: tuple[str, ...]
     inputs: np.ndarray
     references: tuple[tuple[str, ...], ...]
+    options: tuple[tuple[str, ...], ...]
     dropped: int
     truncated_instruction: bool
     truncated_inputs: int
@@ -118,6 +120,7 @@ def _eval_task(task: TaskRows, vocab: Vocabulary, config: Any, layout: str) -> E
         texts=tuple(row.input for row in asked),
         inputs=inputs,
         references=tuple(row.outputs for row in asked),
+        options=tuple(row.options for row in asked),
         dropped=dropped,
         truncated_instruction=conditioning.truncated,
         truncated_inputs=truncated,

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from hyper_t5 import checkpoint, evaluate, files, model, plots, quickstart, tuning
-from hyper_t5.errors import UserError
+from hyper_t5.errors import exit_code
 from hyper_t5.tasks import synthetic
 
 STARTS = {"generated": "hyper", "shared": "shared", "random": "hyper"}  # and whose sizes it has
@@ -189,7 +189,8 @@ def draw(curves: Sequence[Curve], path: Path) -> str | Path:
     return plots.curves(curves[0]["steps"], panels, path, "steps of tuning", "exact match, %")
 
 
-def command(argv: Sequence[str] | None = None) -> int:
+@exit_code("learning_curves")
+def command(argv: Sequence[str] | None = None) -> None:
     """Its command line."""
     parser = argparse.ArgumentParser(prog="python -m hyper_t5.learning_curves", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
@@ -199,12 +200,7 @@ def command(argv: Sequence[str] | None = None) -> int:
         "--tasks", type=int, default=0, metavar="N", help="of each split (default: all 24)"
     )
     args = parser.parse_args(argv)
-    try:
-        main(args.out, args.seeds, args.backbone, args.tasks)
-    except UserError as error:
-        print(f"learning_curves: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    main(args.out, args.seeds, args.backbone, args.tasks)
 
 
 if __name__ == "__main__":

@@ -154,9 +154,20 @@ def respond(
     ``adapters`` are those of the rows' tasks; a system that reads the inputs makes its own, once,
     for all steps.
     """
-    if model.choice.reads == "input":
-        adapters, rows = generate(model, params, rows, tasks), rows[:, :0]
+    adapters, rows = read_rows(model, params, adapters, rows, tasks)
     return decode(model.sizes, params[BACKBONE], rows, adapters, **how)[0]
+
+
+def read_rows(
+    model: Model, params: Tree, adapters: Adapters | None, rows: Array, tasks: Array
+) -> tuple[Adapters | None, Array]:
+    """(adapters, what the backbone is to encode) of rows [B, Li] of the tasks [B].
+
+    A system that reads the inputs makes the rows' own adapters, and leaves nothing to encode.
+    """
+    if model.choice.reads != "input":
+        return adapters, rows
+    return generate(model, params, rows, tasks), rows[:, :0]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any
 from hyper_t5 import config as config_lib
 from hyper_t5 import files, plan, plots
 from hyper_t5.chips import GIB
-from hyper_t5.errors import UserError
+from hyper_t5.errors import UserError, exit_code
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,11 +142,7 @@ def markdown(reports: Mapping[str, Mapping[str, Any]]) -> str:
 
 def draw(reports: Mapping[str, Mapping[str, Any]], path: Path) -> str | Path:
     """What a step costs a chip as the pod and the batch grow: seconds, memory, bytes sent."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = plots.headless()
     grown = {
         report["chips"]: report["programs"]["train"]
         for name, report in reports.items()
@@ -178,25 +174,21 @@ def draw(reports: Mapping[str, Mapping[str, Any]], path: Path) -> str | Path:
     return plots.save(figure, path)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@exit_code("plan_tables")
+def main(argv: Sequence[str] | None = None) -> None:
     """Plan what is missing, then write and print all that is there."""
     parser = argparse.ArgumentParser(prog="python -m hyper_t5.plan_tables", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--only", nargs="*", metavar="NAME", help="compile these; [] for none")
     args = parser.parse_args(argv)
     rows = _rows()
-    try:
-        for row in rows:
-            if args.only is None or row.name in args.only:
-                compile_row(row, args.out / row.name)
-        reports = gather(rows, args.out)
-        files.write_json(args.out / "scaling.json", reports)
-        print(markdown(reports))
-        print(draw(reports, args.out / "scaling.png"))
-    except UserError as e:
-        print(f"plan_tables: error: {e}", file=sys.stderr)
-        return 2
-    return 0
+    for row in rows:
+        if args.only is None or row.name in args.only:
+            compile_row(row, args.out / row.name)
+    reports = gather(rows, args.out)
+    files.write_json(args.out / "scaling.json", reports)
+    print(markdown(reports))
+    print(draw(reports, args.out / "scaling.png"))
 
 
 if __name__ == "__main__":

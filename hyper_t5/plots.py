@@ -11,20 +11,22 @@ from hyper_t5 import files
 from hyper_t5.errors import UserError
 
 
+def colors(names: Sequence[str]) -> dict[str, Any]:
+    """A color for each, the same in every picture of these."""
+    palette = headless().get_cmap("tab10" if len(names) <= 10 else "tab20").colors
+    return {name: palette[i % len(palette)] for i, name in enumerate(names)}
+
+
 def compare(
     reports: Sequence[dict[str, Any]], path: str | Path, metric: str = "strict_match"
 ) -> str | Path:
     """Bars of one metric, a group a split and a bar a system (reports of ``evaluate``)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = headless()
     splits = list(dict.fromkeys(s for r in reports for s in r["splits"]))
     wide = min(2.2 * len(splits) * max(1, len(reports) / 4), 14)
-    figure, axes = pyplot.subplots(figsize=(2 + wide, 4))
+    figure, axes = pyplot.subplots(figsize=(4 + wide, 4), layout="constrained")
     width = 0.8 / len(reports)
-    colors = pyplot.get_cmap("tab10" if len(reports) <= 10 else "tab20").colors
+    palette = list(colors([str(i) for i in range(len(reports))]).values())
     for index, report in enumerate(reports):
         found = [
             (i, report["splits"][s]["overall"][metric])
@@ -37,7 +39,7 @@ def compare(
             [v for _, v in found],
             width * 0.95,
             label=report.get("name", report["system"]),
-            color=colors[index % len(colors)],
+            color=palette[index],
         )
         axes.bar_label(bars, fmt="%.0f", fontsize=8)
     axes.set_xticks(range(len(splits)), [s.replace("_", " ") for s in splits])
@@ -45,17 +47,14 @@ def compare(
     axes.set_ylim(0, 108)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    figure.tight_layout()
     return save(figure, path)
 
 
-def quality_by_cost(points: Mapping[str, tuple[float, float]], path: str | Path) -> str | Path:
-    """A labelled point a system: (MFLOPs per example, on a logarithmic scale, exact match in %)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+def quality_by_cost(
+    points: Mapping[str, tuple[float, float]], path: str | Path, ylabel: str = "exact match, %"
+) -> str | Path:
+    """A labelled point a system: (MFLOPs per example, on a logarithmic scale, quality in %)."""
+    pyplot = headless()
     figure, axes = pyplot.subplots(figsize=(10, 6))
     axes.scatter(*zip(*points.values(), strict=True), s=18)
     for group in _near(points):
@@ -74,13 +73,15 @@ def quality_by_cost(points: Mapping[str, tuple[float, float]], path: str | Path)
                 arrowprops={"arrowstyle": "-", "lw": 0.4, "color": "grey", "relpos": (0, 0.5)},
             )
     axes.set_xscale("log")
-    axes.margins(x=0.25)
+    costs = [cost for cost, _ in points.values()]
+    wide = max(max(costs) / min(costs), 1.5)  # room for labels also where all cost the same
+    axes.set_xlim(min(costs) / wide**0.3, max(costs) * wide**0.5)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("{x:g}")
     axes.tick_params(axis="x", which="both", length=4, pad=4)
     axes.set_ylim(-9, 108)
     axes.set_xlabel("MFLOPs per example")
-    axes.set_ylabel("exact match, %")
+    axes.set_ylabel(ylabel)
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     return save(figure, path)
@@ -105,12 +106,9 @@ def curves(
     ylabel: str,
 ) -> str | Path:
     """Lines over steps, a panel a title; of several runs of a line the mean, and their range."""
-    import matplotlib
     import numpy as np
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = headless()
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
     shape = {"figsize": (1 + 4.5 * columns, 1 + 2.8 * rows), "squeeze": False}
@@ -135,13 +133,149 @@ def curves(
     return save(figure, path)
 
 
+def by_category(
+    values: Mapping[str, Mapping[str, float]],
+    path: str | Path,
+    xlabel: str,
+    color: Mapping[str, Any],
+) -> str | Path:
+    """A line a category and a point a system in it: {system: {category: number}}."""
+    pyplot = headless()
+    categories = sorted({c for found in values.values() for c in found}, reverse=True)
+    figure, axes = pyplot.subplots(figsize=(8, 1.2 + 0.24 * len(categories)), layout="constrained")
+    for name, found in values.items():
+        places = [i for i, c in enumerate(categories) if c in found]
+        numbers = [found[categories[i]] for i in places]
+        axes.plot(numbers, places, "o", markersize=5, label=name, color=color[name])
+    axes.set_yticks(range(len(categories)), [c.replace("_", " ") for c in categories], fontsize=8)
+    axes.set_ylim(-0.6, len(categories) - 0.4)
+    axes.set_xlabel(xlabel)
+    axes.grid(axis="y", linewidth=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return save(figure, path)
+
+
+def sorted_gaps(
+    gaps: Mapping[str, Sequence[float]], path: str | Path, ylabel: str, color: Mapping[str, Any]
+) -> str | Path:
+    """For each system the differences of its tasks to another, from the worst to the best."""
+    pyplot = headless()
+    figure, axes = pyplot.subplots(figsize=(8, 3.6), layout="constrained")
+    for name, values in gaps.items():
+        style = {"drawstyle": "steps-mid", "label": name, "color": color[name]}
+        axes.plot(range(1, len(values) + 1), sorted(values), **style)
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set_xlabel("tasks, from the worst difference to the best")
+    axes.set_ylabel(ylabel)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return save(figure, path)
+
+
+def training(
+    panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]],
+    path: str | Path,
+    color: Mapping[str, Any],
+) -> str | Path:
+    """{title: {run: (steps, values)}}: a panel a title, a line a run."""
+    pyplot = headless()
+    shape = {"figsize": (1 + 4.5 * len(panels), 3.6), "squeeze": False, "layout": "constrained"}
+    figure, grid = pyplot.subplots(1, len(panels), **shape)
+    for axes, (title, lines) in zip(grid[0], panels.items(), strict=True):
+        for name, (steps, values) in lines.items():
+            axes.plot(steps, values, linewidth=1, label=name, color=color[name])
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("steps")
+        axes.spines[["top", "right"]].set_visible(False)
+    grid[0, -1].legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return save(figure, path)
+
+
+def by_layer(panels: Mapping[str, Mapping[str, Sequence[float]]], path: str | Path) -> str | Path:
+    """{title: {place: a number a layer}}: a panel a title, a line a place of adapters."""
+    pyplot = headless()
+    shape = {"figsize": (3 + 4.2 * len(panels), 3.6), "squeeze": False, "layout": "constrained"}
+    figure, grid = pyplot.subplots(1, len(panels), **shape)
+    for axes, (title, lines) in zip(grid[0], panels.items(), strict=True):
+        colors = pyplot.get_cmap("tab20").colors
+        for index, (place, values) in enumerate(lines.items()):
+            axes.plot(values, "o-", markersize=3, color=colors[index % 20], label=place)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("layer")
+        axes.set_ylim(bottom=0)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.spines[["top", "right"]].set_visible(False)
+    grid[0, -1].legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return save(figure, path)
+
+
+def similarities(maps: Mapping[str, Any], groups: Sequence[str], path: str | Path) -> str | Path:
+    """Cosines of every two tasks, a map a title; ``groups`` names each task's, which are joined."""
+    pyplot = headless()
+    figure, grid = pyplot.subplots(
+        1, len(maps), figsize=(1 + 5 * len(maps), 5), layout="constrained", squeeze=False
+    )
+    starts = [i for i, group in enumerate(groups) if i == 0 or groups[i - 1] != group]
+    for axes, (title, values) in zip(grid[0], maps.items(), strict=True):
+        drawn = axes.imshow(values, vmin=-1, vmax=1, cmap="RdBu_r", interpolation="nearest")
+        axes.set_title(title, fontsize=10)
+        axes.set_xticks([])
+        axes.set_yticks([])
+        figure.colorbar(drawn, ax=axes, fraction=0.046)
+    grid[0, 0].set_yticks(starts, [groups[i] for i in starts], fontsize=6)
+    return save(figure, path)
+
+
+def robustness(runs: Mapping[str, Mapping[str, Any]], path: str | Path) -> str | Path:
+    """Quality by number of examples, and what other changes of the text cost, with intervals.
+
+    ``runs``: name -> its askings, as in robustness.json.
+    """
+    pyplot = headless()
+    changes = list(
+        dict.fromkeys(
+            name for told in runs.values() for name, x in told.items() if x["changed"] != "nothing"
+        )
+    )
+    figure, (left, right) = pyplot.subplots(
+        1, 2, figsize=(12, 1.6 + 0.5 * max(len(changes), 4)), width_ratios=(2, 3)
+    )
+    palette = colors(list(runs))
+    for index, (name, told) in enumerate(runs.items()):
+        shots = sorted(
+            (x["shots"], x["quality"])
+            for x in told.values()
+            if x["base"] == "unchanged" and x["changed"] == "nothing"
+        )
+        color = palette[name]
+        left.plot(*zip(*shots, strict=True), "o-", markersize=3, label=name, color=color)
+        for place, change in enumerate(changes):
+            if change not in told:
+                continue
+            x, at = told[change], -place - 0.6 * (index + 0.5) / len(runs) + 0.3
+            low, high = x["interval"] or (x["difference"], x["difference"])
+            right.plot([low, high], [at, at], "-", color=color, linewidth=1.5)
+            right.plot([x["difference"]], [at], "o", color=color, markersize=5)
+    counts = sorted({x["shots"] for told in runs.values() for x in told.values()})
+    left.set_xscale("symlog", linthresh=1, base=2)
+    left.set_xticks(counts, [str(count) for count in counts])
+    left.set_xlabel("examples asked for", fontsize=10)
+    left.set_ylabel("mean over tasks, %", fontsize=10)
+    left.set_ylim(-3, 103)
+    left.legend(fontsize=8, frameon=False)
+    right.axvline(0, color="grey", linewidth=0.8)
+    right.set_yticks([-place for place in range(len(changes))], changes, fontsize=9)
+    right.set_xlabel("difference to unchanged text, 95 % interval over tasks", fontsize=10)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    return save(figure, path)
+
+
 def ratios(bars: Mapping[str, float], path: str | Path) -> str | Path:
     """One bar a ratio (``bench``), on a logarithmic scale around 1: to the right is better."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = headless()
     figure, axes = pyplot.subplots(figsize=(8, 1 + 0.3 * len(bars)))
     places = range(len(bars), 0, -1)
     drawn = axes.barh(places, [max(r, 1e-3) - 1 for r in bars.values()], 0.7, left=1)
@@ -163,11 +297,7 @@ def break_even(curves: Sequence[Mapping[str, Any]], path: str | Path) -> str | P
 
     ``curves`` are those of ``bench.measure.Curve``, as dictionaries.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = headless()
     panels = list(dict.fromkeys(curve["panel"] for curve in curves))
     figure, grid = pyplot.subplots(1, len(panels), figsize=(1 + 5 * len(panels), 4), squeeze=False)
     for axes, panel in zip(grid[0], panels, strict=True):
@@ -201,6 +331,16 @@ def _curves(axes: Any, curves: Sequence[Mapping[str, Any]]) -> None:
     axes.set_xlabel("inputs a task")
     axes.set_ylabel("milliseconds an example")
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def headless() -> Any:
+    """matplotlib's pyplot, drawing to files alone."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
 
 
 def save(figure: Any, path: str | Path) -> str | Path:

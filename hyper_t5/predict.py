@@ -177,23 +177,10 @@ class _Rows:
     def _row(self, number: int, line: bytes) -> dict[str, Any] | None:
         """None for an empty line."""
         where, names = self.where(number), self.names
-        try:
-            text = line.decode("utf-8-sig" if number == 0 else "utf-8")
-            if not text.strip():
-                return None
-            row = json.loads(text)
-            json.dumps(row, ensure_ascii=False).encode()
-        except UnicodeDecodeError:
-            raise UserError(f"{where}: is not UTF-8 text; convert the file") from None
-        except json.JSONDecodeError as e:
-            raise UserError(f"{where}: not JSON ({e.msg}); give one object a line") from None
-        except UnicodeEncodeError:
-            raise UserError(f"{where}: holds half a surrogate pair, no character") from None
-        except RecursionError:
-            raise UserError(f"{where}: nested too deeply for a row") from None
-        except ValueError as e:  # a number of thousands of digits
-            raise UserError(f"{where}: {e}") from None
-        if not isinstance(row, dict) or not isinstance(row.get("input"), str):
+        if not line.strip():
+            return None
+        row = files.json_object(line, where)
+        if not isinstance(row.get("input"), str):
             raise UserError(f'{where}: needs a field "input" with text')
         if len(names) == 1:
             row.setdefault(self.field, names[0])

@@ -26,6 +26,7 @@ from hyper_t5 import (
     model,
     plots,
     predict,
+    report,
     serve,
     train,
     weights,
@@ -91,9 +92,12 @@ def main(
         METRIC,
     )
     costs = plots.quality_by_cost(_points(arms), out / "costs.png")
+    folders = [out / f"seed{seeds[0]}" / system for system in chosen]
+    page = report.write_report(folders, out / "report")
     shown = _use(out, out / f"seed{seeds[0]}", backbone, chosen)
     print(f"\n{summary(results)}\n")
     print(f"plot: {plot}\nplot of costs: {costs}\nnumbers: {out / 'results.json'}")
+    print(f"report of the first seed: {page}")
     for what, path in shown.items():
         print(f"{what}: {path}")
     return results
@@ -148,7 +152,11 @@ def _config(argument: str, fields: Mapping[str, Any], file: str = "") -> Any:
 
 def train_run(argument: str, place: Path, fields: Mapping[str, Any], file: str = "") -> Any:
     """What ``hyper-t5 train`` does with a config (the quickstart's) of these fields; returns it."""
-    config = _config(argument, fields, file)
+    return train_config(_config(argument, fields, file), place)
+
+
+def train_config(config: Any, place: Path) -> Any:
+    """What ``hyper-t5 train`` does with a config; returns it. A run that was cut off goes on."""
     with workdir.hold(place):
         workdir.check_resume(place, config)
         train.train(config, place)

@@ -1,7 +1,8 @@
 """Scores of generated texts against references, each 0..100.
 
 A row's: Super-NaturalInstructions' (Wang et al. 2022) in `score`, SQuAD's (Rajpurkar et al. 2016)
-in `squad_scores`. A task's over all its rows: GLUE's (Wang et al. 2019) in `task_metrics`.
+in `squad_scores`. A task's over all its rows: GLUE's (Wang et al. 2019) in `task_metrics`, and
+MetaICL's (Min et al. 2022) in `macro_f1`. What benchmarks make of them is in `protocols`.
 """
 
 from __future__ import annotations
@@ -31,25 +32,39 @@ def normalise(text: str) -> str:
     return " ".join(text.lower().translate(_NO_PUNCTUATION).split())
 
 
-def score(prediction: str, references: Sequence[str], rouge: Any) -> Scores:
-    """0..100 each, the best over the references."""
-    return {
+def score(prediction: str, references: Sequence[str], rouge: Any = None) -> Scores:
+    """0..100 each, the best over the references; no ROUGE-L without a scorer."""
+    made = {
         "exact_match": 100.0 * max(normalise(prediction) == normalise(r) for r in references),
         "strict_match": 100.0 * max(prediction.strip() == r.strip() for r in references),
-        "rougeL": 100.0 * max(rouge.score(r, prediction)["rougeL"].fmeasure for r in references),
     }
+    if rouge is not None:
+        values = [rouge.score(r, prediction)["rougeL"].fmeasure for r in references]
+        made["rougeL"] = 100.0 * max(values)
+    return made
 
 
-def rouge_scorer() -> Any:
-    """ROUGE-L with the Porter stemmer."""
+def rouge_scorer(tokenizer: Any = None) -> Any:
+    """ROUGE-L: of English words with the Porter stemmer, or of what a tokenizer makes."""
     from rouge_score import rouge_scorer as library
 
-    return library.RougeScorer(["rougeL"], use_stemmer=True)
+    return library.RougeScorer(["rougeL"], use_stemmer=tokenizer is None, tokenizer=tokenizer)
 
 
 def mean_scores(rows: Sequence[Scores], metrics: Sequence[str] = METRICS) -> Scores:
     """Mean of each metric over rows; all zero without rows."""
     return {m: float(np.mean([r[m] for r in rows])) if rows else 0.0 for m in metrics}
+
+
+def choose_by_sum(log_probs: Sequence[float], tokens: Sequence[int]) -> int:
+    """The likeliest option; of equal ones the first."""
+    del tokens
+    return int(np.argmax(log_probs))
+
+
+def choose_by_mean(log_probs: Sequence[float], tokens: Sequence[int]) -> int:
+    """The option whose tokens are the likeliest on average; of equal ones the first."""
+    return int(np.argmax(np.asarray(log_probs) / np.asarray(tokens)))
 
 
 def squad_scores(prediction: str, references: Sequence[str]) -> Scores:
@@ -105,6 +120,19 @@ def task_metrics(
         name: 100.0 * _TASK_METRICS[name](predictions, references) if predictions else 0.0
         for name in names
     }
+
+
+def macro_f1(predictions: Sequence[str], references: Sequence[str]) -> float:
+    """The mean F1, 0..100, of the classes that the references have, as MetaICL has it.
+
+    A class that is only predicted has no F1 of its own, but what it took is wrong.
+    """
+    f1s = []
+    for name in dict.fromkeys(references):
+        hits = sum(a == b == name for a, b in zip(predictions, references, strict=True))
+        all_of_it = sum(text == name for text in (*predictions, *references))
+        f1s.append(2 * hits / all_of_it)
+    return 100.0 * float(np.mean(f1s)) if f1s else 0.0
 
 
 def _accuracy(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:

@@ -755,9 +755,38 @@ class T5(nn.Module):
         Segments and positions are those of packed rows (see ``packing``), of the same shapes.
         """
         encoded = self.encode(inputs, adapters, input_segments, input_positions, deterministic)
+        x = self.teach(
+            encoded,
+            inputs,
+            targets,
+            adapters,
+            decoder_inputs,
+            input_segments,
+            target_segments,
+            target_positions,
+            deterministic,
+        )
+        return self._logits(x)
+
+    def teach(
+        self,
+        encoded: Array,
+        inputs: Array,
+        targets: Array,
+        adapters: Adapters | None = None,
+        decoder_inputs: Array | None = None,
+        input_segments: Array | None = None,
+        target_segments: Array | None = None,
+        target_positions: Array | None = None,
+        deterministic: bool = True,
+    ) -> Array:
+        """What the decoder makes of targets [B, Lt], of which the logits are: [B, Lt, D].
+
+        With segments of the targets alone, all of them see all of a row's inputs.
+        """
         if decoder_inputs is None:
             decoder_inputs = shift_right(targets, target_segments)
-        x = self.decoder(
+        return self.decoder(
             self.token_embedder(decoder_inputs),
             encoded,
             pair_mask(targets, targets, target_segments, target_segments),
@@ -766,7 +795,12 @@ class T5(nn.Module):
             deterministic,
             target_positions,
         )
-        return self._logits(x)
+
+    def log_probs(self, x: Array, targets: Array) -> Array:
+        """float32 log-probability of each of targets [B, L], of `teach`'s x [B, L, D]."""
+        logits = self._logits(x)
+        at_target = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+        return at_target - jax.nn.logsumexp(logits, -1)
 
     def encode(
         self,

@@ -31,7 +31,7 @@ from typing import IO, Any, Protocol
 import numpy as np
 
 from hyper_t5.errors import UserError
-from hyper_t5.files import cache_root
+from hyper_t5.files import cache_root, json_object
 from hyper_t5.hosts import slots_of
 from hyper_t5.prompts import LAYOUTS
 from hyper_t5.taskfile import OnBadRow
@@ -109,25 +109,12 @@ def _open_lines(file: Path) -> IO[bytes]:
 
 def _document(raw: bytes, file: Path, line: int) -> str:
     where = f"{file}, line {line}"
-    try:
-        value = json.loads(_utf8(raw, file, line))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not valid JSON ({error.msg})") from None
-    except ValueError:
-        raise UserError(f"{where}: not valid JSON (a number of too many digits)") from None
-    except RecursionError:
-        raise UserError(f"{where}: not valid JSON (nested too deeply)") from None
-    if not isinstance(value, dict) or "text" not in value:
+    value = json_object(raw, where)
+    if "text" not in value:
         raise UserError(f"{where}: lacks field text")
     text = value["text"]
     if not isinstance(text, str):
         raise UserError(f"{where}: field text must be text")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise UserError(
-            f"{where}: field text holds half a surrogate pair, which is no character"
-        ) from None
     return text
 
 

@@ -159,31 +159,6 @@ def read_lines(file: Path) -> Iterator[tuple[str, bytes]]:
         raise UserError(f"{file}: cannot read ({error.strerror})") from None
 
 
-def parse_line(line: bytes, where: str) -> dict[str, Any]:
-    """A line's one JSON object.
-
-    Raises:
-        UserError: not UTF-8, not JSON, no object, or half a surrogate pair in it.
-    """
-    try:
-        value = json.loads(line.decode("utf-8-sig"))
-        # Of an escaped surrogate JSON may hold half the pair; text may not.
-        if b"\\ud" in line or b"\\uD" in line:
-            json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeDecodeError:
-        raise UserError(f"{where}: not UTF-8") from None
-    except UnicodeEncodeError:
-        raise UserError(f"{where}: holds half a surrogate pair, which is no character") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not valid JSON ({error.msg})") from None
-    except (ValueError, RecursionError):
-        what = "a number of thousands of digits, or nested too deeply"
-        raise UserError(f"{where}: not valid JSON ({what})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: must be a JSON object")
-    return value
-
-
 # ------------------------------------------------------------------------- rows left on disk
 
 
@@ -365,12 +340,12 @@ def register_mixture(
 def choose_rows(task: TaskRows, split: str, most: int) -> TaskRows:
     """A task with at most `most` of its rows, in their order; 0 keeps all.
 
-    'train' keeps a random choice, the same in every run because it follows from the task's name;
-    any other split the first. Lazy rows stay lazy.
+    'train' (of any track) keeps a random choice, the same in every run because it follows from the
+    task's name; any other split the first. Lazy rows stay lazy.
     """
     if not most or len(task.rows) <= most:
         return task
-    if split != "train":
+    if not split.endswith("train"):
         return replace(task, rows=task.rows[:most])
     rng = np.random.default_rng([42, zlib.crc32(task.name.encode())])
     chosen = np.sort(rng.permutation(len(task.rows))[:most])

@@ -18,15 +18,15 @@ from __future__ import annotations
 import functools
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hyper_t5.errors import UserError
-from hyper_t5.scores import SQUAD_METRICS, mean_scores, squad_scores
+from hyper_t5.files import json_object
 from hyper_t5.taskfile import OnBadRow, Row, TaskRows, read_json
-from hyper_t5.tasks.common import parse_line, read_lines, register_rows
+from hyper_t5.tasks.common import read_lines, register_rows
 from hyper_t5.vocab import Vocabulary
 
 SPLITS = ("train", "validation")
@@ -68,14 +68,6 @@ def register(data_config: Any, split: str, vocab: Vocabulary) -> str:
     signature = (sorted(map(str, found.values())), length, data_config.on_bad_row)
     most = data_config.max_instances_per_task
     return register_rows("extractive_qa", split, readers, signature, vocab, most)
-
-
-def extra_metrics(
-    task_name: str, predictions: Sequence[str], references: Sequence[Sequence[str]]
-) -> dict[str, float]:
-    """SQuAD's exact match and F1, 0..100: the means over rows of `scores.squad_scores`."""
-    rows = [squad_scores(*row) for row in zip(predictions, references, strict=True)]
-    return mean_scores(rows, SQUAD_METRICS)
 
 
 def split_files(qa_dir: str, split: str) -> dict[str, Path]:
@@ -233,7 +225,7 @@ def _squad_question(value: Any, context: str, where: str) -> Question:
 def _mrqa(file: Path, bad: Bad) -> Iterator[Question]:
     for where, line in read_lines(file):
         try:
-            value = parse_line(line, where)
+            value = json_object(line, where)
             if "header" in value:
                 continue
             context, found = _text(value, "context", where), _list(value, "qas", where)

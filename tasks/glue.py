@@ -28,10 +28,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hyper_t5 import files
-from hyper_t5.errors import UserError
-from hyper_t5.scores import task_metrics
+from hyper_t5.errors import UserError, exit_code
 from hyper_t5.taskfile import OnBadRow, Row, TaskRows, text_key
-from hyper_t5.tasks.common import parse_line, read_lines, register_rows, tf
+from hyper_t5.tasks.common import read_lines, register_rows, tf
 from hyper_t5.vocab import Vocabulary
 
 SPLITS = ("train", "validation", "test")
@@ -49,7 +48,6 @@ class GlueTask(NamedTuple):
 
     columns: tuple[str, ...]  # official names of its one or two sentences
     answers: tuple[str, ...]  # official names of labels 0, 1, ...; () where they are scores, 0..5
-    metrics: tuple[str, ...]  # of scores.task_metrics
     instruction: str
 
 
@@ -58,56 +56,47 @@ TASKS = {
     "cola": GlueTask(
         ("sentence",),
         ("unacceptable", "acceptable"),
-        ("matthews",),
         "Is the sentence acceptable English? Answer 0 if it is not, 1 if it is.",
     ),
     "sst2": GlueTask(
         ("sentence",),
         ("negative", "positive"),
-        ("accuracy",),
         "What does the sentence say of the film? Answer 0 for bad, 1 for good.",
     ),
     "mrpc": GlueTask(
         PAIR,
         ("not_equivalent", "equivalent"),
-        ("f1", "accuracy"),
         "Do the two sentences say the same? Answer 0 if they do not, 1 if they do.",
     ),
     "qqp": GlueTask(
         ("question1", "question2"),
         ("not_duplicate", "duplicate"),
-        ("f1", "accuracy"),
         "Do the two questions ask the same? Answer 0 if they do not, 1 if they do.",
     ),
     "stsb": GlueTask(
         PAIR,
         (),
-        ("pearson", "spearman"),
         "How alike in meaning are the two sentences? Answer with a number from 0.0, not at all, "
         "to 5.0, the same, in steps of 0.2.",
     ),
     "mnli": GlueTask(
         ("premise", "hypothesis"),
         ("entailment", "neutral", "contradiction"),
-        ("accuracy",),
         "Is the hypothesis true if the premise is? Answer 0 for yes, 1 for maybe, 2 for no.",
     ),
     "qnli": GlueTask(
         ("question", "sentence"),
         ("entailment", "not_entailment"),
-        ("accuracy",),
         "Does the sentence answer the question? Answer 0 if it does, 1 if it does not.",
     ),
     "rte": GlueTask(
         PAIR,
         ("entailment", "not_entailment"),
-        ("accuracy",),
         "Does sentence2 follow from sentence1? Answer 0 if it does, 1 if it does not.",
     ),
     "wnli": GlueTask(
         PAIR,
         ("not_entailment", "entailment"),
-        ("accuracy",),
         "In sentence2 a name stands for a pronoun of sentence1. Is it the right one? "
         "Answer 0 if it is not, 1 if it is.",
     ),
@@ -135,13 +124,6 @@ def register(data_config: Any, split: str, vocab: Vocabulary) -> str:
     signature = (sorted(map(str, found.values())), on_bad_row)
     most = data_config.max_instances_per_task
     return register_rows("glue", split, readers, signature, vocab, most)
-
-
-def extra_metrics(
-    task_name: str, predictions: Sequence[str], references: Sequence[Sequence[str]]
-) -> dict[str, float]:
-    """GLUE's own metrics of a task, 0..100; see `scores.task_metrics`."""
-    return task_metrics(TASKS[task_name].metrics, predictions, references)
 
 
 def split_files(glue_dir: str, split: str, skip_missing: bool = False) -> dict[str, Path]:
@@ -191,7 +173,7 @@ def read_task(task: str, file: Path, on_bad_row: OnBadRow = "raise") -> TaskRows
     skipped: Counter[str] = Counter()
     for number, (where, line) in enumerate(read_lines(file)):
         try:
-            rows.append(_row(parse_line(line, where), task, number, where))
+            rows.append(_row(files.json_object(line, where), task, number, where))
         except UserError:
             if on_bad_row == "raise":
                 raise
@@ -340,7 +322,7 @@ def _metaicl_rows(folder: Path, task: str, read: Counter[str]) -> Iterator[tuple
     for file in sorted((folder / "data" / f"glue-{task}").glob("*.jsonl")):
         part = file.stem.rpartition("_")[2]
         for where, line in read_lines(file):
-            value = parse_line(line, where)
+            value = files.json_object(line, where)
             if not isinstance(value.get("input"), str):
                 raise UserError(f"{where}: lacks field input, a text")
             match = re.fullmatch(pattern, value["input"], re.DOTALL)
@@ -384,7 +366,8 @@ def _tf_examples(file: Path) -> Iterator[dict[str, list[Any]]]:
         raise UserError(f"{file}: damaged or no TFRecord file ({error.message})") from None
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@exit_code("python -m hyper_t5.tasks.glue")
+def main(argv: Sequence[str] | None = None) -> None:
     """The command line of `convert`; prints what was written."""
     parser = argparse.ArgumentParser(
         prog="python -m hyper_t5.tasks.glue",
@@ -394,15 +377,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--p3", default="", help="folder with data/TASK/*.tfrecord-*")
     parser.add_argument("--out", required=True, help="folder to write TASK/*.jsonl into")
     args = parser.parse_args(argv)
-    try:
-        counts = convert(args.metaicl, args.p3, args.out)
-    except UserError as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 2
+    counts = convert(args.metaicl, args.p3, args.out)
     print("task  " + "  ".join(OUTCOMES))
     for task, count in counts.items():
         print(f"{task:4}  " + "  ".join(f"{count[name]:{len(name)}d}" for name in OUTCOMES))
-    return 0
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hyper_t5.errors import UserError
+from hyper_t5.files import json_object
 from hyper_t5.prompts import ENCODINGS, example_text, show_rule
 from hyper_t5.taskfile import (
     Example,
@@ -46,7 +47,6 @@ from hyper_t5.tasks.common import (
     BadRow,
     RowsSource,
     lazy_rows,
-    parse_line,
     register_once,
     row_count,
     rows_task,
@@ -284,7 +284,7 @@ def _category(config: Path) -> str:
 def _parse(task: str, line: bytes, number: int, where: str) -> Row:
     """The row of a line; its id is `<task>-<number>`."""
     try:
-        value = parse_line(line, where)
+        value = json_object(line, where)
     except UserError as error:
         hint = "" if line.endswith(b"\n") else "; the file ends here, is it complete?"
         raise BadRow(f"{error}{hint}", "JSON") from None

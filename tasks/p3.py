@@ -11,8 +11,9 @@ Two Mixtures are made of what the folder has of T0's tasks:
 t0_train            all templates of T0's training datasets. The rates are those of t-zero (its
     t0/seqio_tasks/tasks.py): the number of examples; of a dataset with more than 500,000 each of
     its templates has 500,000 / number of templates. Both numbers are those of the folder.
-t0_eval_score_eval  all `<task>_score_eval` of T0's held-out datasets, for rank classification: a
-    record is one choice of a row, and a row has its choices as `options`, in order.
+t0_eval_score_eval  the `<task>_score_eval` of T0's held-out datasets that ask what their dataset
+    is for, by t-zero's rule, for rank classification: a record is one choice of a row, and a row
+    has its choices as `options`, in order.
 
 Text is that of `inputs_pretokenized` and `targets_pretokenized`, which our own vocabulary encodes.
 
@@ -63,6 +64,14 @@ TRAIN_DATASETS = (
 EVAL_DATASETS = (
     *("super_glue_wsc.fixed", "winogrande_winogrande_xl", "super_glue_cb", "super_glue_rte"),
     *("anli", "super_glue_copa", "story_cloze_2016", "hellaswag", "super_glue_wic"),
+)
+# Templates of held-out datasets with choices whose metadata (promptsource's `original_task`) say
+# that they ask something else; T0 does not evaluate on them.
+OTHER_QUESTIONS = (
+    *("hellaswag_Open_ended_completion", "hellaswag_how_ends", "story_cloze_2016_Generate_Ending"),
+    "hellaswag_Appropriate_continuation_Yes_or_No",
+    "hellaswag_Reversed_appropriate_continuation_Yes_or_No",
+    "winogrande_winogrande_xl_True_or_False",
 )
 # Counted among its dataset's templates, and in no mixture of t-zero: its cache is broken.
 LEFT_OUT = "gigaword_summarize_"
@@ -205,6 +214,9 @@ def find_tasks(
     kept = [n for n in names if dataset_of(n, EVAL_DATASETS if held_out else TRAIN_DATASETS)]
     if others := [n for n in names if n not in set(kept) and not dataset_of(n)]:
         print(f"{folder}: {_some(others)}: of no dataset of T0's, left out")
+    if asking := [name for name in kept if name.removesuffix(SCORE_EVAL) in OTHER_QUESTIONS]:
+        print(f"{folder}: {_some(asking)}: not its dataset's original task, left out")
+        kept = [name for name in kept if name not in asking]
     templates = Counter(map(dataset_of, kept))
     tasks, incomplete = {}, []
     for name in kept:

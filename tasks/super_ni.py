@@ -2,14 +2,15 @@
 
     FOLDER/tasks/<task>.json
     FOLDER/splits/default/{train,test}_tasks.txt     one task name a line
+    FOLDER/splits/xlingual/{train,test}_tasks.txt    of the cross-lingual track
 
 Each task is a SeqIO Task `sni_<task>` (hyphens become underscores) with the features hyper_inputs,
 inputs and targets; all references and the row's id pass through. `sni_train` and `sni_test` are
-Mixtures of them. What hyper_inputs hold says `data.variant`, as the published results are named:
-def (the definition alone), def_pos_1, def_pos_2 (with its first positive examples; '' is as this
-one), pos_k (k of them, drawn, alone). As in Tk-Instruct (Wang et al. 2022) every task has the same
-rate; with `data.max_instances_per_task` (100 there) set, T0's rule applies: the number of rows,
-capped.
+Mixtures of them, `sni_xlingual_train` and `sni_xlingual_test` those of the cross-lingual track.
+What hyper_inputs hold says `data.variant`, as the published results are named: def (the definition
+alone), def_pos_1, def_pos_2 (with its first positive examples; '' is as this one), pos_k (k of
+them, drawn, alone). As in Tk-Instruct (Wang et al. 2022) every task has the same rate; with
+`data.max_instances_per_task` (100 there) set, T0's rule applies: the number of rows, capped.
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ DEF_POS_2 = ShowRule(True, 2, 2, True)  # of a Task's hyper_inputs: the publishe
 TaskFile = Path | Mapping[str, Any]
 
 HELD_OUT = ("test",)
+XLINGUAL = "xlingual_"
+SPLITS = ("train", "test", f"{XLINGUAL}train", f"{XLINGUAL}test")
 
 
 def register(data_config: Any, split: str, vocab: Vocabulary) -> str:
@@ -74,13 +77,14 @@ def split_files(sni_dir: str, split: str, skip_missing: bool = False) -> dict[st
             "Super-NaturalInstructions"
         )
     folder = Path(sni_dir).expanduser()
-    listing = folder / "splits" / "default" / f"{split}_tasks.txt"
+    track = "xlingual" if split.startswith(XLINGUAL) else "default"
+    listing = folder / "splits" / track / f"{split.removeprefix(XLINGUAL)}_tasks.txt"
     try:
         names = listing.read_text(encoding="utf-8").split()
     except OSError:
         raise UserError(
             f"{listing}: no such split file; data.sni_dir must hold tasks/ and splits/default/, "
-            "and the splits are 'train' and 'test'"
+            f"and the splits are {', '.join(SPLITS)}"
         ) from None
     except UnicodeDecodeError:
         raise UserError(f"{listing}: not UTF-8; it lists one task name a line") from None
@@ -168,7 +172,7 @@ class SniSource(seqio.FunctionDataSource):
         self._split = split
         self._max_instances: int = c.max_instances_per_task
         # Of the first rows only what is kept is read, and checked.
-        first = 0 if split == "train" else self._max_instances
+        first = 0 if split.endswith("train") else self._max_instances
         self._how = (c.on_bad_row, first, c.empty_targets)
         self._show = show_rule(c) if c.variant else DEF_POS_2
         self._encoding: str = c.encoding

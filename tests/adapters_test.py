@@ -14,6 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+from hyper_t5 import adapters as ad
+from hyper_t5 import export, t5
+from hyper_t5.adapters import Adapters, AdapterSpec, LoraSpec, PrefixSpec
+from hyper_t5.errors import UserError
 from tiny import (
     BOTTLENECK,
     CONFIG,
@@ -28,11 +33,6 @@ from tiny import (
     params,
     random_adapters,
 )
-
-from hyper_t5 import adapters as ad
-from hyper_t5 import export, t5
-from hyper_t5.adapters import Adapters, AdapterSpec, LoraSpec, PrefixSpec
-from hyper_t5.errors import UserError
 
 pytestmark = pytest.mark.smoke
 

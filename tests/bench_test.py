@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import runs
 
+import runs
 from hyper_t5 import bench, cli, plots, t5
 from hyper_t5.bench import against_peft, against_torch, measure, serving
 

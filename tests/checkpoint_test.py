@@ -17,17 +17,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-import bucket
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-import procs
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from orbax.checkpoint._src.serialization import serialization
 
+import bucket
+import procs
 from hyper_t5 import checkpoint, files, optim, workdir
 from hyper_t5 import config as config_lib
 from hyper_t5.errors import UserError

@@ -11,20 +11,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import bucket
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
-import runs
 from flax import serialization, traverse_util
-from tiny import CONFIG, GOLDEN, TIED
 
+import bucket
+import runs
 from hyper_t5 import cli, names, t5, tensors, weights
 from hyper_t5.errors import UserError
 from hyper_t5.vocab import ByteVocabulary
 from hyper_t5.weights import t5x as t5x_format
 from hyper_t5.weights.load import open_source
+from tiny import CONFIG, GOLDEN, TIED
 
 T5X = GOLDEN / "checkpoint_7"
 HF = GOLDEN / "hf_model"

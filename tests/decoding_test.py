@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import CONFIG, EVERYTHING, GOLDEN, ids, logits, off, params, random_adapters
 
 from hyper_t5 import adapters as ad
 from hyper_t5 import t5, weights
 from hyper_t5.decoding import decode
+from tiny import CONFIG, EVERYTHING, GOLDEN, ids, logits, off, params, random_adapters
 
 pytestmark = pytest.mark.smoke
 

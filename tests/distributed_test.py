@@ -14,10 +14,10 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from procs import Host, Result, free_port, join, run_hosts, start_hosts, wait_for
 
 from hyper_t5 import __version__, distributed, relay
 from hyper_t5.errors import UserError
+from procs import Host, Result, free_port, join, run_hosts, start_hosts, wait_for
 
 HEARTBEAT = 3.0
 # From the death of one to the end of all: the silence, two periods, and what a busy machine takes.

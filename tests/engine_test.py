@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import CONFIG, EVERYTHING, ids, params, random_adapters
 
 from hyper_t5 import adapters as ad
 from hyper_t5 import engine
 from hyper_t5.decoding import Sampling, decode, sample
 from hyper_t5.errors import UserError
+from tiny import CONFIG, EVERYTHING, ids, params, random_adapters
 
 STEPS = engine.CACHE + 8  # longer than the cache is at first
 TASKS = 3
@@ -125,6 +125,7 @@ def test_no_place_waits_for_the_longest_row() -> None:
     assert work.idle < waiting / 2
 
 
+@pytest.mark.slow
 def test_few_programs_for_all_lengths() -> None:
     compiled: Any = engine._encode, engine._steps, engine._insert
 

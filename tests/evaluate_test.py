@@ -2,35 +2,41 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import matplotlib.image
 import numpy as np
 import pytest
-import runs
 from ml_collections import ConfigDict
 
+import runs
 from hyper_t5 import adapters as ad
 from hyper_t5 import (
     checkpoint,
     cli,
     cost,
+    data,
     distributed,
     evaluate,
     model,
     plots,
+    protocols,
     scores,
     workdir,
 )
 from hyper_t5.decoding import decode
 from hyper_t5.errors import UserError
 from hyper_t5.hypermodels import SYSTEMS
+from hyper_t5.taskfile import Row, TaskRows
 from hyper_t5.tasks import synthetic
 from hyper_t5.vocab import EOS_ID
 
@@ -135,7 +141,8 @@ def test_files_and_numbers(run_of: Any, sni: Path, tmp_path: Path) -> None:
     metrics, after = judged(run, tmp_path / "after", f"--gin.data.sni_dir={seen}")
     assert texts(after) == texts(before)
 
-    keys = ["split", "task", "id", "input", "references", "prediction", *scores.METRICS]
+    keys = ["split", "mixture", "task", "category", "id", "input", "references", "prediction"]
+    keys += scores.METRICS
     assert all(list(row) == keys for row in after)
     assert [row["task"] for row in after] == [first] * 6 + [second] * 3
     ids = [row["id"] for row in json.loads((seen / f"tasks/{first}.json").read_text())["Instances"]]
@@ -159,6 +166,27 @@ def test_files_and_numbers(run_of: Any, sni: Path, tmp_path: Path) -> None:
         assert told["rows"] == len(rows)
         assert (told["category"], told["examples_shown"]) == (f"Kind of {name}", 1)
     assert (metrics["system"], metrics["workdir"]) == ("hyper_lora", str(run))
+    # From the file alone.
+    again = protocols.score_predictions(after)["splits"]["test"]
+    assert {k: split[k] for k in ("overall", "per_category", "official")}.items() <= again.items()
+    official = (tmp_path / "after" / "submission.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in official] == [
+        {"id": row["id"], "prediction": row["prediction"]} for row in after
+    ]
+
+
+def test_what_was_generated_is_told(run_of: Any, tmp_path: Path) -> None:
+    """How alike the tasks' adapters are: those of a text are its own, a shared one is one."""
+    found: dict[str, Any] = {}
+    for system in ("hyper_lora", "shared_lora", "hyperdecoder", "none"):
+        judged(run_of(system), tmp_path / system)
+        file = tmp_path / system / "adapters.json"
+        found[system] = json.loads(file.read_text())["test"] if file.exists() else None
+    hyper, shared = found["hyper_lora"], found["shared_lora"]
+    assert hyper["tasks"] == shared["tasks"] == list(runs.HELD_OUT)
+    assert hyper["differing"] > 1e-4
+    assert shared["differing"] == 0
+    assert found["hyperdecoder"] is found["none"] is None
 
 
 def test_results_lie_beside_the_checkpoint_they_are_of(
@@ -166,11 +194,16 @@ def test_results_lie_beside_the_checkpoint_they_are_of(
 ) -> None:
     run = run_of("hyper_lora")
     assert cli.main(["evaluate", "--workdir", str(run)]) == 0
-    made = ["metrics.json", "predictions.jsonl", "report.png"]
+    made = ["adapters.json", "metrics.json", "predictions.jsonl", "report.png", "submission.jsonl"]
     assert [path.name for path in sorted((run / "eval" / "1").iterdir())] == made
     out = capsys.readouterr().out
     assert "evaluate test: 2 tasks, 9 rows\n" in out
-    assert out.splitlines()[-3:] == [str(run / "eval" / "1" / name) for name in made]
+    assert out.splitlines()[-5:] == [str(run / "eval" / "1" / name) for name in made]
+
+
+@pytest.mark.parametrize(("mixture", "name"), [("", "7"), ("sni", "7"), ("p3", "7-p3")])
+def test_another_mixture_replaces_no_results(make: Any, mixture: str, name: str) -> None:
+    assert evaluate._place_name(make(eval__mixture=mixture), 7) == name
 
 
 def test_what_did_not_fit_is_told(
@@ -192,12 +225,12 @@ def test_metrics_of_a_mixtures_own(
 ) -> None:
     seen = {}
 
-    def own(task: str, predictions: list[str], references: Any) -> dict[str, float]:
-        seen[task] = list(zip(predictions, map(list, references), strict=True))
-        made = {"words": 10.0 * len(predictions)}
+    def own(task: str, rows: Any) -> dict[str, float]:
+        seen[task] = [(row["prediction"], row["references"]) for row in rows]
+        made = {"words": 10.0 * len(rows)}
         return made | {"rare": 5.0} if task == runs.HELD_OUT[1] else made
 
-    monkeypatch.setattr("hyper_t5.tasks.super_ni.extra_metrics", own, raising=False)
+    monkeypatch.setitem(protocols.PROTOCOLS, "sni", protocols.Protocol(task=own))
     metrics, predictions = judged(run_of("hyper_lora"), tmp_path / "out")
     split = metrics["splits"]["test"]
     for name, rows in seen.items():
@@ -210,10 +243,88 @@ def test_metrics_of_a_mixtures_own(
     assert "exact_match" in split["overall"]
     head, line = evaluate.table([metrics]).splitlines()
     assert head.split()[-3:] == ["rougeL", "words", "rare"]
-    assert line.split()[-2:] == ["45.0", "5.0"]
+    assert line.endswith("  45.0 [30.0, 60.0]  5.0")
     assert f"{head}\n{line}\n" in capsys.readouterr().out
     both = evaluate.table([report("older", 1, "test"), metrics]).splitlines()
     assert both[1].split()[-2:] == ["-", "-"]
+
+
+# ------------------------------------------------------------------------------------ options
+
+
+@pytest.fixture
+def choices(monkeypatch: pytest.MonkeyPatch) -> list[TaskRows]:
+    """Held-out tasks that are a choice, under five seeds' splits of MetaICL."""
+    options = [("a", "b"), ("a b c", "a b", "z"), ("q", "a")]
+    tasks = [
+        TaskRows(
+            name,
+            (f"{name} the letters.",),
+            (("d w", "d"), ("e v", "e")),
+            [
+                Row(f"{name}-{i}", f"{x} c", (o[0],), o)
+                for i, (x, o) in enumerate(zip("xyz", options, strict=True))
+            ],
+            category="classification",
+        )
+        for name in runs.HELD_OUT
+    ]
+    monkeypatch.setattr(data, "load_judged", lambda *_: tasks)
+    splits = dict.fromkeys(("test_100", "test_13"), "metaicl")
+    monkeypatch.setattr(data, "splits_of", lambda _: splits)
+    return tasks
+
+
+def test_options_are_ranked(run_of: Any, choices: list[TaskRows], tmp_path: Path) -> None:
+    metrics, predictions = judged(run_of("hyper_prefix"), tmp_path / "out")
+    assert len(predictions) == 2 * 2 * 3
+    for row in predictions:
+        scored = np.array(row["option_log_probs"]) / row["option_tokens"]
+        assert row["prediction"] == row["options"][int(np.argmax(scored))]
+        assert all(score < 0 for score in row["option_log_probs"])
+    assert [row["options"] for row in predictions[:3]] == [list(r.options) for r in choices[0].rows]
+    told = metrics["over_splits"]["metaicl"]
+    assert (told["seeds"], told["tasks"]) == (2, 2)
+    assert "macro_f1" in metrics["splits"]["test_13"]["per_task"][runs.HELD_OUT[0]]
+    argv = ["score", f"--predictions={tmp_path / 'out' / 'predictions.jsonl'}"]
+    assert cli.main([*argv, f"--out={tmp_path / 'again.json'}"]) == 0
+    again = json.loads((tmp_path / "again.json").read_text())
+    assert again["over_splits"] == metrics["over_splits"]
+    for split, made in again["splits"].items():
+        assert made["overall"] == metrics["splits"][split]["overall"]
+    assert not (tmp_path / "out" / "submission.jsonl").exists()
+
+
+def test_a_row_without_options_is_told_before_any_split_is_judged(
+    run_of: Any,
+    choices: list[TaskRows],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    free = dataclasses.replace(choices[1].rows[2], options=())
+    last = dataclasses.replace(choices[1], rows=[*choices[1].rows[:2], free])
+    tasks = {"test_100": choices, "test_13": [choices[0], last]}
+    monkeypatch.setattr(data, "load_judged", lambda config, mixture, split, vocab: tasks[split])
+    monkeypatch.setattr(evaluate, "rank_answers", lambda *_: pytest.fail("it was judged"))
+    argv = ["evaluate", f"--workdir={run_of('none')}", "--gin.eval.how=rank"]
+    said = runs.fails(capsys, *argv, f"--out={tmp_path / 'no'}")
+    assert f"row {free.id} of task {last.name} has no options" in said
+
+
+def test_options_need_not_be_ranked(
+    run_of: Any, choices: list[TaskRows], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_of("none")
+    _, predictions = judged(run, tmp_path / "out", "--gin.eval.how=generate")
+    assert not any("options" in row for row in predictions)
+    free = dataclasses.replace(choices[0].rows[0], options=())
+    choices[0] = dataclasses.replace(choices[0], rows=[free, *choices[0].rows[1:]])
+    _, predictions = judged(run, tmp_path / "mixed")
+    assert ["options" in row for row in predictions[:6]] == [False] * 3 + [True] * 3
+    argv = ["evaluate", f"--workdir={run}", "--gin.eval.how=rank", f"--out={tmp_path / 'no'}"]
+    assert f"row {free.id} of task {choices[0].name} has no options" in runs.fails(capsys, *argv)
+    assert not (tmp_path / "no").exists()
 
 
 # ------------------------------------------------------------------------------------ systems
@@ -285,7 +396,11 @@ def test_a_preempted_evaluation_is_to_be_started_again(
     argv = ["evaluate", "--workdir", str(run_of("shared_lora")), "--out", str(tmp_path)]
     assert "evaluate again" in runs.fails(capsys, *argv, code=75)
     assert asked == [1, 2]
-    assert not list(tmp_path.iterdir())
+    assert [place.name for place in tmp_path.iterdir()] == ["answers"]
+    asked.clear()
+    _, predictions = judged(run_of("shared_lora"), tmp_path)
+    assert asked == [1]  # the one that is left
+    assert len(predictions) == 9
 
 
 def test_systems_differ(whole: Any) -> None:
@@ -365,7 +480,7 @@ def test_compare_puts_other_runs_beside(
     out = capsys.readouterr().out
     for start in ("concat       test", "none         test", "from a file  test   3      12.5"):
         assert f"\n{start}" in out
-    costs = [line.split() for line in out.splitlines()[-8:-3]]
+    costs = [line.split() for line in out.splitlines()[-9:-4]]
     assert [line[0] for line in costs[:1] + costs[2:]] == ["system", "concat", "none", "from"]
     assert costs[2][1] == f"{metrics['trained_parameters']:,}"
     assert costs[3][1:3] == ["0", "0"]
@@ -470,6 +585,162 @@ def test_no_space_loses_no_earlier_results(run_of: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot write .*file/plot\.png: "):
         plots.compare([report("none", 1, "test")], tmp_path / "file" / "plot.png")
-    with pytest.raises(UserError, match=r"cannot write .*file/predictions\.jsonl: "):
+    with pytest.raises(UserError, match=r"cannot write .*file/answers/"):
         evaluate.evaluate_workdir(run_of("none"), out=tmp_path / "file")
     assert (tmp_path / "file").read_text() == ""
+
+
+# ------------------------------------------------------------------------------------ going on
+
+
+class Stopped(BaseException):
+    """As a kill: nobody catches it."""
+
+
+def stopped_after(monkeypatch: pytest.MonkeyPatch, tasks: int) -> list[str]:
+    """Evaluations stop before they answer more tasks; the names of those that they began."""
+    begun: list[str] = []
+    whole = evaluate.generated_answers
+
+    def answers(m: Any, params: Any, task: Any, *more: Any) -> Any:
+        if len(begun) == tasks:
+            raise Stopped
+        begun.append(task.name)
+        return whole(m, params, task, *more)
+
+    monkeypatch.setattr(evaluate, "generated_answers", answers)
+    return begun
+
+
+def kept(out: Path) -> list[Path]:
+    return sorted((out / "answers").glob("*.jsonl"))
+
+
+def but_seconds(out: Path) -> dict[str, Any]:
+    report = json.loads((out / "metrics.json").read_text())
+    assert report.pop("seconds")["evaluate"] > 0
+    return report
+
+
+@pytest.fixture
+def begun(run_of: Any, whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A place where an evaluation of a system was stopped after its first task."""
+    made = tmp_path / "out"
+    whole("hyper_lora")
+    with monkeypatch.context() as patch:
+        stopped_after(patch, 1)
+        with pytest.raises(Stopped):
+            judged(run_of("hyper_lora"), made)
+    assert len(kept(made)) == 1
+    assert not (made / "metrics.json").exists()
+    return made
+
+
+def test_a_stopped_evaluation_goes_on(
+    run_of: Any,
+    begun: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = run_of("hyper_lora")
+    judged(run, tmp_path / "whole")
+    asked = stopped_after(monkeypatch, 9)
+    judged(run, begun)
+    assert asked == [runs.HELD_OUT[1]]
+    assert "1 of 2 tasks are judged" in capsys.readouterr().out
+    assert not (begun / "answers").exists()
+    one, other = ((out / "predictions.jsonl").read_bytes() for out in (begun, tmp_path / "whole"))
+    assert one == other
+    assert but_seconds(begun) == but_seconds(tmp_path / "whole")
+
+
+def test_stopped_before_the_report_nothing_is_asked_again(
+    run_of: Any, begun: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_of("hyper_lora")
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "judge", lambda *_: (_ for _ in ()).throw(Stopped))
+        with pytest.raises(Stopped):
+            judged(run, begun)
+    assert len(kept(begun)) == 2
+    assert stopped_after(monkeypatch, 0) == []
+    metrics, _ = judged(run, begun)
+    assert metrics["splits"]["test"]["rows"] == 9
+
+
+@pytest.mark.parametrize("size", [0, 1, -3])
+def test_what_is_torn_is_asked_again(
+    run_of: Any, whole: Any, begun: Path, size: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An end cut off, in the header, in a row, or between rows; and what a kill left of a file."""
+    (file,) = kept(begun)
+    content = file.read_bytes()
+    file.write_bytes(content[:size] if size else b"".join(content.splitlines(True)[:-1]))
+    (begun / "answers" / f".{file.name}.123").write_bytes(content[:10])
+    capsys.readouterr()
+    _, rows = judged(run_of("hyper_lora"), begun)
+    assert f"{file} is damaged; its task is asked again" in capsys.readouterr().out
+    assert rows == whole("hyper_lora")[1]
+    assert not (begun / "answers").exists()
+
+
+@pytest.mark.parametrize("other", ["config", "checkpoint", "data"])
+def test_what_is_of_another_evaluation_is_not_used(
+    run_of: Any,
+    begun: Path,
+    sni: Path,
+    other: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run, flags = run_of("hyper_lora"), []
+    if other == "config":
+        flags = ["--gin.eval.max_decode_length=3"]
+    elif other == "checkpoint":  # of the same step
+        shutil.copytree(run, tmp_path / "run")
+        run = tmp_path / "run"
+        params, meta = checkpoint.load_subtree(run, "params")
+        shutil.rmtree(run / "checkpoints")
+        for layer in jax.tree.leaves(params):
+            layer += 0.5
+        checkpoint.save(run, 1, {"params": params}, meta)
+    else:
+        shutil.copytree(sni, tmp_path / "sni")
+        for name in runs.HELD_OUT:
+            edit(tmp_path / "sni", name, lambda task: task["Instances"][0].update(input="p q"))
+        flags = [f"--gin.data.sni_dir={tmp_path / 'sni'}"]
+    asked = stopped_after(monkeypatch, 9)
+    capsys.readouterr()
+    judged(run, begun, *flags)
+    assert asked == list(runs.HELD_OUT)
+    assert "1 tasks in" in (out := capsys.readouterr().out)
+    assert "are of another config, checkpoint or data; not used" in out
+
+
+# ------------------------------------------------------------------------------------ intervals
+
+
+def test_scores_have_intervals_and_differences_are_paired(
+    run_of: Any, whole: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    judged(run_of("none"), tmp_path / "none")
+    capsys.readouterr()
+    metrics, _ = judged(
+        run_of("hyper_lora"), tmp_path / "out", f"--compare={tmp_path / 'none' / 'metrics.json'}"
+    )
+    split = metrics["splits"]["test"]
+    for metric in scores.METRICS:
+        low, high = split["intervals"][metric]
+        ends = [told[metric] for told in split["per_task"].values()]
+        # Of two tasks it has nearly all draws between both and either one alone.
+        assert [low, high] == pytest.approx([min(ends), max(ends)])
+    out = capsys.readouterr().out
+    low, high = split["intervals"]["rougeL"]
+    assert f"{split['overall']['rougeL']:.1f} [{low:.1f}, {high:.1f}]" in out
+    start = ["hyper_lora", "none", "test", "2"]
+    (line,) = [line for line in out.splitlines() if line.split()[:4] == start]
+    other = json.loads((tmp_path / "none" / "metrics.json").read_text())["splits"]["test"]
+    less = split["overall"]["rougeL"] - other["overall"]["rougeL"]
+    assert re.search(rf"  {re.escape(f'{less:+.1f}')} \[[-+.\d]+, [-+.\d]+\]$", line)

@@ -41,6 +41,7 @@ GATED = t5.T5Config(
 TIED = dataclasses.replace(GATED, mlp_activations=("relu",), logits_via_embedding=True)
 # H*K is above D and the encoder is deeper.
 WIDE = dataclasses.replace(GATED, num_heads=4, num_encoder_layers=3, num_decoder_layers=2)
+SHAPES = {"1.1": GATED, "1.0": TIED, "wide": WIDE}
 
 ATTENTION = adapters_lib.ATTENTION_SITES
 EVERYWHERE = (*ATTENTION, *adapters_lib.MLP_SITES)
@@ -95,7 +96,7 @@ def our_logits(config: t5.T5Config, params: Any, adapters: Adapters | None) -> A
     return t5.T5(config).apply({"params": params}, INPUTS, TARGETS, adapters)
 
 
-@pytest.fixture(scope="module", params=[GATED, TIED, WIDE], ids=["1.1", "1.0", "wide"])
+@pytest.fixture(scope="module", params=SHAPES.values(), ids=list(SHAPES))
 def exported(request: Any, tmp_path_factory: Any) -> tuple[t5.T5Config, Path]:
     """A config and its random backbone as a Hugging Face folder."""
     for package in ("torch", "transformers", "peft"):
@@ -164,14 +165,22 @@ def test_exported_backbone_in_transformers(exported: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("targets", "bias"),
-    [(QUERY_VALUE, False), (EVERYWHERE, False), (EVERYWHERE, True), (MIXED, False)],
-    ids=["query-value", "everything", "everything-bias", "mixed sites"],
+    ("exported", "targets", "bias"),
+    [
+        pytest.param(config, targets, bias, id=f"{shape}-{name}")
+        for name, targets, bias, shapes in [
+            ("query-value", QUERY_VALUE, False, ("1.1", "1.0")),
+            ("everything", EVERYWHERE, False, ("1.1", "1.0")),
+            ("everything-bias", EVERYWHERE, True, ("1.1", "1.0")),
+            ("mixed sites", MIXED, False, SHAPES),
+        ]
+        for shape, config in SHAPES.items()
+        if shape in shapes
+    ],
+    indirect=["exported"],
 )
 def test_lora_in_peft(exported: Any, tmp_path: Path, targets: Any, bias: bool) -> None:
     config, base = exported
-    if config == WIDE and targets is not MIXED:
-        pytest.skip("seen with the others")
     if targets == EVERYWHERE:
         targets = adapters_lib.targets_of(EVERYWHERE, config)
     adapters = random_adapters(lora(*targets, bias=bias), config)

@@ -15,7 +15,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from hyper_t5 import config as config_lib
-from hyper_t5 import data
+from hyper_t5 import data, protocols
 from hyper_t5.errors import UserError
 from hyper_t5.tasks import extractive_qa as qa
 from hyper_t5.tasks import synthetic
@@ -130,9 +130,14 @@ def test_evaluation_reads_the_first_window_and_counts_the_cut(folder: Path) -> N
 
 
 def test_metrics() -> None:
-    found = qa.extra_metrics("squad", ["the Rome", "Paris"], [("Rome", "in Rome"), ("",)])
-    assert found == {"squad_em": 50.0, "squad_f1": 50.0}
-    assert qa.extra_metrics("squad", [], []) == {"squad_em": 0.0, "squad_f1": 0.0}
+    said = [("the Rome", ["Rome", "in Rome"]), ("Paris", [""])]
+    rows = [
+        {"split": "validation", "mixture": "extractive_qa", "task": "squad"}
+        | {"prediction": prediction, "references": golds}
+        for prediction, golds in said
+    ]
+    overall = protocols.score_predictions(rows)["splits"]["validation"]["overall"]
+    assert (overall["squad_em"], overall["squad_f1"]) == (50.0, 50.0)
 
 
 # ------------------------------------------------------------------------------------ windows

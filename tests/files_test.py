@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import bucket
 import jax
 import numpy as np
 import pytest
-import runs
 
+import bucket
+import runs
 from hyper_t5 import files, model, plots
 from hyper_t5.errors import UserError
 

@@ -15,7 +15,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from hyper_t5 import config as config_lib
-from hyper_t5 import data
+from hyper_t5 import data, protocols, scores
 from hyper_t5.errors import UserError
 from hyper_t5.tasks import glue
 from hyper_t5.tasks.common import seqio, tf
@@ -286,13 +286,28 @@ def test_skipped_rows_are_printed(folder: Path, capsys: pytest.CaptureFixture[st
 def test_metrics_of_each_task() -> None:
     refs = [("1",), ("0",), ("1",), ("1",)]
     said = ["1", "0", "no", "0"]
-    names = {task: set(glue.extra_metrics(task, said, refs)) for task in glue.TASKS}
+
+    def found(task: str) -> dict[str, float]:
+        rows = [
+            {
+                "split": "validation",
+                "mixture": "glue",
+                "task": task,
+                "prediction": answer,
+                "references": list(references),
+            }
+            for answer, references in zip(said, refs, strict=True)
+        ]
+        told = protocols.score_predictions(rows)["splits"]["validation"]["per_task"][task]
+        return {k: v for k, v in told.items() if k not in ("rows", "category", *scores.METRICS)}
+
+    names = {task: set(found(task)) for task in glue.TASKS}
     assert names.pop("cola") == {"matthews"}
     assert names.pop("mrpc") == names.pop("qqp") == {"f1", "accuracy"}
     assert names.pop("stsb") == {"pearson", "spearman"}
     assert set(map(tuple, names.values())) == {("accuracy",)}
     # 1 true positive, 2 false negatives: 2 / (2 + 2)
-    assert glue.extra_metrics("mrpc", said, refs) == {"f1": 50.0, "accuracy": 50.0}
+    assert found("mrpc") == {"f1": 50.0, "accuracy": 50.0}
 
 
 # ------------------------------------------------------------------- from MetaICL and from P3

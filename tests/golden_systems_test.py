@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
-from tiny import off
 
 from hyper_t5 import adapters as ad
 from hyper_t5 import hypermodels, losses, model, names, t5
 from hyper_t5.adapters import Adapters
 from hyper_t5.config import defaults
 from hyper_t5.decoding import decode
+from tiny import off
 
 Tree = dict[str, Any]
 CLOSE = 1e-5  # relative to the largest number

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import traverse_util
-from tiny import CONFIG, EVERY_TARGET, ids, off, params
 
 from hyper_t5 import adapters as ad
 from hyper_t5 import config as config_lib
@@ -25,6 +24,7 @@ from hyper_t5.hypermodels.readers import QueryReader
 from hyper_t5.model import Model
 from hyper_t5.taskfile import Row, TaskRows
 from hyper_t5.vocab import ByteVocabulary
+from tiny import CONFIG, EVERY_TARGET, ids, off, params
 
 pytestmark = pytest.mark.smoke
 

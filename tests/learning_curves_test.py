@@ -9,8 +9,8 @@ from typing import Any
 import matplotlib.image
 import numpy as np
 import pytest
-import runs
 
+import runs
 from hyper_t5 import learning_curves, quickstart
 from hyper_t5.tasks import synthetic
 

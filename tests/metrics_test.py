@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import bucket
 import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
+import bucket
 from hyper_t5 import metrics
 from hyper_t5.errors import UserError
 

@@ -286,6 +286,18 @@ def test_other_tasks_are_left_out_and_named(
     assert "cb_x" not in out
 
 
+def test_templates_that_ask_something_else_are_not_judged(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("hellaswag_how_ends", "hellaswag_complete_first_then"):
+        write(folder / "data", f"{name}_score_eval", "validation", choices(0, 1))
+    tasks, templates = p3.find_tasks(str(folder), "validation")
+    assert "hellaswag_complete_first_then_score_eval" in tasks
+    assert templates["hellaswag"] == 1
+    out = capsys.readouterr().out
+    assert "1 task(s), hellaswag_how_ends_score_eval: not its dataset's original task, left" in out
+
+
 def test_row_limits(folder: Path) -> None:
     tasks = load(folder, max_instances_per_task=4)
     assert [(len(task.rows), task.rate) for task in tasks.values()] == [(4, 4.0), (4, 4.0)]

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import runs
-import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
+import runs
+import tiny
 from hyper_t5 import config as config_lib
 from hyper_t5 import data, losses, model, packing, t5, train
 from hyper_t5.errors import UserError

@@ -12,6 +12,10 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+
 import runs
 from export_test import (
     DEC_PREFIX,
@@ -30,10 +34,6 @@ from export_test import (
     random_adapters,
     their_logits,
 )
-from hypothesis import given
-from hypothesis import strategies as st
-from safetensors.numpy import load_file, save_file
-
 from hyper_t5 import adapters as ad
 from hyper_t5 import cli, export, t5, weights
 from hyper_t5.adapters import Adapters, AdapterSpec

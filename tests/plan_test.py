@@ -19,10 +19,10 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-import runs
 from jax.experimental import mesh_utils
 from ml_collections import ConfigDict
 
+import runs
 from hyper_t5 import chips, cli, hlo, model, plan, plan_tables, weights
 from hyper_t5 import config as config_lib
 from hyper_t5.chips import CHIPS, GIB

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import procs
 import pytest
-import runs
 from ml_collections import ConfigDict
 
+import procs
+import runs
 from hyper_t5 import checkpoint, watch
 
 HYPER_T5 = ["-m", "hyper_t5"]
@@ -200,3 +200,75 @@ def test_kills_at_any_moment_change_nothing(make: Any, tmp_path: Path, stage: st
     assert runs.leaves(broken, steps) == runs.leaves(tmp_path / "whole", steps)
     logged = [line["step"] for line in runs.lines(broken)]
     assert logged == sorted(set(logged))
+
+
+@pytest.mark.slow
+def test_two_hosts_rank_options_as_one_does(make: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "MetaICL"
+    names = {"train": ["copy"], "test": ["first", "last"]}
+    (folder / "config" / "tasks").mkdir(parents=True)
+    (folder / "config" / "hr_to_lr.json").write_text(json.dumps(names))
+    options = ["a b", "a", "z y x"]
+    for name in names["test"]:
+        inside = folder / "data" / name
+        inside.mkdir(parents=True)
+        for part in ("train", "test"):
+            rows = [
+                {"task": name, "input": f"{x} {part}", "output": options[i % 3], "options": options}
+                for i, x in enumerate("abcdefghijklmnop")
+            ]
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            (inside / f"{name}_16_100_{part}.jsonl").write_text(text)
+    config = make(data__metaicl_dir=str(folder), mesh__data=4, mesh__model=2, system="hyper_lora")
+    run = runs.untrained_run(config, tmp_path / "run")
+    found = []
+    for hosts in (1, 2):
+        out = tmp_path / str(hosts)
+        flags = ["--mixture=metaicl", "--gin.eval.split=test_100", "--gin.eval.shots=2"]
+        flags += ["--gin.data.use_instruction=False", f"--out={out}"]
+        run_hosts(["evaluate", "--workdir", str(run), *flags], hosts)
+        lines = (out / "predictions.jsonl").read_text().splitlines()
+        found.append([json.loads(line) for line in lines])
+    assert len(found[0]) == 32
+    for one, other in zip(*found, strict=True):
+        scores = (one.pop("option_log_probs"), other.pop("option_log_probs"))
+        np.testing.assert_allclose(*scores, rtol=1e-5)
+        assert one == other
+
+
+@pytest.mark.slow
+def test_killed_hosts_evaluate_on(make: Any, tmp_path: Path) -> None:
+    """kill -9 of both after a task or more, then one host, killed too, then both to the end."""
+    folder = runs.save_sni(tmp_path / "official", rows=24)
+    config = make(
+        data__sni_dir=str(folder),
+        mesh__data=4,
+        mesh__model=2,
+        system="hyper_lora",
+        eval__split="train",  # three tasks
+        eval__batch=4,
+        eval__max_decode_length=64,  # long enough to be killed in between
+    )
+    run = runs.untrained_run(config, tmp_path / "run")
+    argv = ["evaluate", "--workdir", str(run), "--out"]
+    run_hosts([*argv, str(tmp_path / "whole")])
+    out = tmp_path / "broken"
+    for hosts, least in ((2, 1), (1, 2)):
+        with procs.start_hosts([*HYPER_T5, *argv, str(out)], hosts, 8 // hosts) as started:
+            until = time.monotonic() + 300
+            while len(kept := list(out.glob("answers/*.jsonl"))) < least:
+                assert time.monotonic() < until, "no task was judged"
+                assert started[0].process.poll() is None, "it ended first"
+                time.sleep(0.01)
+            for host in started:
+                host.send(signal.SIGKILL)
+            procs.join(started)
+        assert not (out / "metrics.json").exists()
+    kept[0].write_bytes(kept[0].read_bytes()[:-5])
+    results = run_hosts([*argv, str(out)])
+    assert "of 3 tasks are judged" in results[0].stdout
+    assert f"{kept[0]} is damaged" in results[0].stdout
+    assert results[1].stdout.count("evaluate") == 0  # process 0 speaks for both
+    ended = [place / "predictions.jsonl" for place in (out, tmp_path / "whole")]
+    assert ended[0].read_bytes() == ended[1].read_bytes()
+    assert not (out / "answers").exists()

@@ -14,9 +14,9 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-import runs
 
 import hyper_t5
+import runs
 from hyper_t5 import cli, predict, serve
 from hyper_t5.errors import UserError
 from hyper_t5.serve import Model

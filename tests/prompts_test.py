@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import runs
-import tiny
 from ml_collections import ConfigDict
 from sentencepiece import SentencePieceProcessor
 
+import runs
+import tiny
 from hyper_t5 import config as config_lib
 from hyper_t5 import data, prompts
 from hyper_t5.errors import UserError

@@ -12,8 +12,8 @@ from typing import Any
 import matplotlib.image
 import numpy as np
 import pytest
-import runs
 
+import runs
 from hyper_t5 import (
     adapters,
     checkpoint,
@@ -139,6 +139,7 @@ def test_it_ends_with_the_table_and_where_things_are(done: Any) -> None:
         f"plot: {folder / 'results.png'}",
         f"plot of costs: {folder / 'costs.png'}",
         f"numbers: {folder / 'results.json'}",
+        f"report of the first seed: {folder / 'report' / 'report.html'}",
         f"adapter: {folder / 'adapter'}",
         f"PEFT adapter: {folder / 'adapter_peft'}",
         f"its backbone in Hugging Face's layout: {folder / 'backbone_hf'}",

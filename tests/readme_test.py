@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import runs
 
+import runs
 from hyper_t5 import cli
 from hyper_t5 import config as config_lib
 from hyper_t5.overrides import read_overrides

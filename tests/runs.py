@@ -152,12 +152,15 @@ def part_of(run: Path, folder: Path, step: int) -> Path:
     return folder
 
 
-def untrained_run(config: ConfigDict, folder: Path, seed: int = 0) -> Path:
-    """A workdir as if trained, at once: its hypermodel is random where it would start as zero."""
+def untrained_run(config: ConfigDict, folder: Path, seed: int = 0, noise: float = 0.1) -> Path:
+    """A workdir as if trained, at once: its hypermodel is random where it would start as zero.
+
+    With no ``noise`` it is as it starts.
+    """
     workdir.check_resume(folder, config)
     _, backbone, trained, _ = model.start(config)
     rng = np.random.default_rng(seed)
-    noisy = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(x.dtype), trained)
+    noisy = jax.tree.map(lambda x: x + noise * rng.normal(size=x.shape).astype(x.dtype), trained)
     checkpoint.save(folder, 1, {"params": noisy}, model.meta_of(config, backbone))
     return folder
 

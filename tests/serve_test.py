@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import runs
 from ml_collections import ConfigDict
 from safetensors.numpy import load_file
 
+import runs
 from hyper_t5 import adapters as ad
 from hyper_t5 import cli, model, t5, weights, workdir
 from hyper_t5.decoding import decode
@@ -224,10 +224,10 @@ def test_predict_writes_nothing_for_nothing(backbone: Path, made: Any, tmp_path:
 
 
 ROWS: dict[str, tuple[str, str]] = {
-    "not JSON": ('{"input": "a", "adapter": "copy"}\n{"input": ', "rows.jsonl:2: not JSON"),
+    "not JSON": ('{"input": "a", "adapter": "copy"}\n{"input": ', "rows.jsonl:2: not valid JSON"),
     "no input": ('\n{"text": "a"}', 'rows.jsonl:2: needs a field "input" with text'),
     "a number": ('{"input": 3}', 'rows.jsonl:1: needs a field "input" with text'),
-    "a list": ('["a"]', 'rows.jsonl:1: needs a field "input" with text'),
+    "a list": ('["a"]', "rows.jsonl:1: must be a JSON object"),
     "no adapter": ('{"input": "a"}', 'rows.jsonl:1: field "adapter" is None'),
     "other adapter": ('{"input": "a", "adapter": "x"}', "names one of copy, swap"),
     "surrogate": ('{"input": "\\ud800", "adapter": "copy"}', "rows.jsonl:1: holds half a"),

@@ -9,9 +9,9 @@ import jax
 import numpy as np
 import optax
 import pytest
-import runs
 from jax.sharding import Mesh
 
+import runs
 from hyper_t5 import model, sharding, train
 from hyper_t5.bench.steps import Shapes, random_batch
 from hyper_t5.errors import UserError

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import runs
 from flax import linen as nn
 
+import runs
 from hyper_t5 import adapters as ad
 from hyper_t5 import checkpoint, data, evaluate, export, model, predict, serve, t5, weights
 from hyper_t5 import config as config_lib

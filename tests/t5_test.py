@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
-from tiny import CONFIG, EVERYTHING, GOLDEN, TIED, ids, logits, off, params, random_adapters
 
 from hyper_t5 import losses, names, t5, weights
 from hyper_t5.adapters import AdapterSpec, LoraSpec, PrefixSpec
+from tiny import CONFIG, EVERYTHING, GOLDEN, TIED, ids, logits, off, params, random_adapters
 
 pytestmark = pytest.mark.smoke
 

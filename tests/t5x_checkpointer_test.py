@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from tiny import CONFIG, GOLDEN, TIED, params
 
 from hyper_t5 import names, weights
+from tiny import CONFIG, GOLDEN, TIED, params
 
 t5x = pytest.importorskip("t5x", reason="t5x is not installed (github.com/google-research/t5x)")
 pytestmark = pytest.mark.filterwarnings("default")  # theirs are not ours to mend

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from data_test import BYTES, at_eos, ended_parts, make_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
+from data_test import BYTES, at_eos, ended_parts, make_config
 from hyper_t5 import data, text
 from hyper_t5.errors import UserError
 from hyper_t5.hosts import slots_of
@@ -62,7 +62,7 @@ def test_bad_lines_name_file_line_and_field(tmp_path: Path) -> None:
         b'{"body": "x"}': "lacks field text",
         b'{"text": null}': "field text must be text",
         b'{"text": "\xff"}': "not UTF-8",
-        b"[]": "lacks field text",
+        b"[]": "must be a JSON object",
     }
     path = tmp_path / "a.jsonl"
     for line, message in bad.items():

@@ -20,10 +20,10 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-import runs
 from flax import traverse_util
 from ml_collections import ConfigDict
 
+import runs
 from hyper_t5 import checkpoint, cli, distributed, guard, model, train, watch, weights
 from hyper_t5.errors import UserError
 from hyper_t5.vocab import ByteVocabulary

@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-import runs
 
+import runs
 from hyper_t5 import adapters as ad
 from hyper_t5 import checkpoint, cli, data, evaluate, model, serve, train, tuning, weights
 from hyper_t5 import config as config_lib

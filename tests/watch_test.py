@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import bucket
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import bucket
 from hyper_t5 import chips, files, watch
 from hyper_t5.errors import UserError
 

@@ -31,6 +31,7 @@ BENCHES = {
     "packing": ("pipeline", "packing"),
     "scaling": ("pipeline", "scaling"),
     "conversion": ("conversion", "conversion"),
+    "ranking": ("ranking", "rank"),
 }
 
 

@@ -130,6 +130,7 @@ def _rows(
             seconds[arm].append(made["seconds"])
             peaks[arm] = max(peaks.get(arm, 0), int(made["peak"]))
             shutil.rmtree(place / "out")
+            measure.tell(what, {arm: made["seconds"]})
     amounts = dict.fromkeys(arms, model.bytes / 1e6)
     result.rows.append(measure.rate_row(what, "MB/s", seconds, amounts, OURS, other))
     result.rows.append(measure.memory_row(what, peaks, OURS, other))

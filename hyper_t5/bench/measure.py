@@ -6,6 +6,7 @@ import dataclasses
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -88,7 +89,14 @@ def in_turns(
             started = time.perf_counter()
             arms[name]()
             seconds[name].append(time.perf_counter() - started)
+        tell(f"round {index + 1}/{rounds}", {name: times[-1] for name, times in seconds.items()})
     return seconds
+
+
+def tell(what: str, seconds: Mapping[str, float]) -> None:
+    """Progress, to stderr: what was just measured; a benchmark may take many minutes."""
+    told = ", ".join(f"{name} {time:.3g} s" for name, time in seconds.items())
+    print(f"  {what}: {told}", file=sys.stderr, flush=True)
 
 
 def time_row(what: str, seconds: Mapping[str, Sequence[float]], arm: str, baseline: str) -> Row:

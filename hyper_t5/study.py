@@ -1,0 +1,166 @@
+"""All systems with one budget: trained alike on one backbone, judged on held-out tasks, over seeds.
+
+``python -m hyper_t5.study --config configs/laptop.py --backbone DIR --judge sni p3 --seeds 0 1
+--out runs/study --gin.data.sni_dir=...`` trains each system for the config's steps from the same
+backbone, judges it on the held-out tasks of each mixture, and writes study.json, a table, a plot
+and a report page for each mixture (of the first seed). `start` is that backbone as it is with the
+text in front of every input; `concat` the same after as many steps as all the others had. What is
+there already is not made again, so that it goes on after a stop.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hyper_t5 import checkpoint, evaluate, files, plots, quickstart, report, workdir
+from hyper_t5 import config as config_lib
+from hyper_t5.errors import exit_code
+from hyper_t5.hypermodels import SYSTEMS
+from hyper_t5.overrides import Override, choose, read_overrides
+from hyper_t5.quickstart import CONCAT
+
+GIN = "--gin."
+START = "start"
+# Those with adapters for each task are trained on rows of the judged ones: another question.
+DEFAULT = [START, *(name for name in SYSTEMS if not name.startswith("task_"))]
+
+
+def main(
+    out: str | Path,
+    file: str,
+    backbone: str | Path,
+    judge: Sequence[str],
+    seeds: Sequence[int] = (0,),
+    arms: Sequence[str] = (),
+    overrides: Sequence[Override] = (),
+) -> dict[str, Any]:
+    """Make what is not there; returns and writes (OUT/study.json) the quality of every arm.
+
+    Args:
+        out: a folder; OUT/seedS/ARM is the workdir of each run.
+        file: the config, whose argument `system` says which.
+        backbone: the folder or run that all start from, and most keep frozen.
+        judge: mixtures whose held-out tasks are asked.
+        seeds: of the runs; `start` and what is not trained have one.
+        arms: names of systems, or `start`; none is DEFAULT.
+        overrides: of the config.
+
+    Raises:
+        UserError: a name or field that is not known, no backbone.
+    """
+    out = Path(out)
+    for arm in arms:
+        choose("--systems", arm, [START, *SYSTEMS])
+    given = [Override("backbone.path", repr(str(backbone)), "--backbone"), *overrides]
+    made: dict[str, dict[str, list[report.Run]]] = {mixture: {} for mixture in judge}
+    for seed in seeds:
+        for arm in arms or DEFAULT:
+            if _trains(arm) or seed == seeds[0]:
+                place = out / f"seed{seed}" / arm
+                _run(place, arm, file, [*given, Override("seed", str(seed), "--seeds")])
+                for mixture in judge:
+                    run = report.read_run(_judged(place, mixture, overrides))
+                    made[mixture].setdefault(arm, []).append(dataclasses.replace(run, name=arm))
+    results = {mixture: _scores(runs) for mixture, runs in made.items()}
+    files.write_json(out / "study.json", {"seeds": list(seeds), "quality": results})
+    for mixture, runs in made.items():
+        page = report.write_page([found[0] for found in runs.values()], out / f"report_{mixture}")
+        plot = plots.compare(_as_reports(results[mixture]), out / f"{mixture}.png", MEAN)
+        print(f"\n{table(results[mixture])}\n\nplot: {plot}\nreport: {page}")
+    print(f"numbers: {out / 'study.json'}")
+    return results
+
+
+# ---------------------------------------------------------------------------------------- one run
+
+
+def _trains(arm: str) -> bool:
+    return arm != START and bool(SYSTEMS[arm].trains)
+
+
+def _run(place: Path, arm: str, file: str, overrides: Sequence[Override]) -> None:
+    """Make the workdir of an arm, trained to its end."""
+    system = CONCAT if arm == START else arm
+    config = config_lib.load(f"{file}:system={system}", overrides)
+    config_lib.validate(config)
+    if not _trains(arm):
+        workdir.check_resume(place, config)
+    elif (checkpoint.latest_step(place) or 0) < config.train.steps:
+        print(f"\n== {arm}, seed {config.seed}", flush=True)
+        quickstart.train_config(config, place)
+
+
+def _judged(place: Path, mixture: str, overrides: Sequence[Override]) -> Path:
+    """metrics.json of a run on a mixture."""
+    folder = place / "judged" / mixture
+    if not (folder / "metrics.json").is_file():
+        named = Override("eval.mixture", mixture, "--judge")
+        evaluate.evaluate_workdir(place, [*overrides, named], out=folder)
+    return folder / "metrics.json"
+
+
+# ----------------------------------------------------------------------------------------- tables
+
+MEAN = "mean"
+
+
+def _scores(runs: Mapping[str, Sequence[report.Run]]) -> dict[str, Any]:
+    """{arm: {split: {metric, mean, deviation, seeds: [...]}}}, means over tasks."""
+    made: dict[str, Any] = {}
+    for arm, found in runs.items():
+        made[arm] = {}
+        for split in found[0].report["splits"]:
+            values = [float(np.mean(list(run.quality(split).values()))) for run in found]
+            made[arm][split] = {
+                "metric": found[0].metric(split),
+                MEAN: float(np.mean(values)),
+                "deviation": float(np.std(values)),
+                "seeds": values,
+            }
+    return made
+
+
+def _as_reports(scores: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [
+        {"system": arm, "splits": {s: {"overall": told} for s, told in splits.items()}}
+        for arm, splits in scores.items()
+    ]
+
+
+def table(scores: Mapping[str, Any]) -> str:
+    """A line an arm: the mean over seeds of each split's metric, and the standard deviation."""
+    splits = next(iter(scores.values()))
+    lines = [["", *(f"{split}: {told['metric']}" for split, told in splits.items())]]
+    for arm, found in scores.items():
+        told = [(s[MEAN], s["deviation"], len(s["seeds"])) for s in found.values()]
+        lines.append([arm, *(f"{m:.1f}" + (f" ±{d:.1f}" if n > 1 else "") for m, d, n in told)])
+    return evaluate.aligned(lines, right=True)
+
+
+@exit_code("study")
+def command(argv: Sequence[str] | None = None) -> None:
+    """Its command line."""
+    parser = argparse.ArgumentParser(prog="python -m hyper_t5.study", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--config", default="configs/laptop.py", metavar="FILE.py")
+    parser.add_argument("--backbone", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--judge", nargs="+", default=["sni"], metavar="MIXTURE")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="SEED")
+    parser.add_argument("--systems", nargs="+", default=[], metavar="NAME")
+    words = list(sys.argv[1:] if argv is None else argv)
+    gin = [word.removeprefix(GIN) for word in words if word.startswith(GIN)]
+    args = parser.parse_args([word for word in words if not word.startswith(GIN)])
+    overrides = read_overrides(gin)
+    where = (args.out, args.config, args.backbone)
+    main(*where, args.judge, args.seeds, args.systems, overrides)
+
+
+if __name__ == "__main__":
+    sys.exit(command())

@@ -1,0 +1,78 @@
+"""The study of all systems with one budget: its table, and, slowly, that it makes it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import runs
+from hyper_t5 import evaluate, quickstart, report, study
+from hyper_t5.hypermodels import SYSTEMS
+from hyper_t5.tasks import synthetic
+
+
+def _run(name: str, values: dict[str, float]) -> report.Run:
+    tasks = {task: {"strict_match": v, "rougeL": 1.0} for task, v in values.items()}
+    found = {"system": name, "splits": {"seen": {"per_task": tasks, "mixture": "synthetic"}}}
+    rows = [{"split": "seen", "mixture": "synthetic"}]
+    return report.Run(name, found, rows, {}, [])
+
+
+def test_means_over_tasks_then_seeds() -> None:
+    made = {
+        "hint": [_run("hint", {"a": 10.0, "b": 20.0}), _run("hint", {"a": 20.0, "b": 30.0})],
+        "none": [_run("none", {"a": 0.0, "b": 5.0})],
+    }
+    scores = study._scores(made)
+    assert scores["hint"]["seen"] == {
+        "metric": "strict_match",
+        "mean": 20.0,
+        "deviation": 5.0,
+        "seeds": [15.0, 25.0],
+    }
+    lines = [line.split() for line in study.table(scores).splitlines()]
+    assert lines == [["seen:", "strict_match"], ["hint", "20.0", "±5.0"], ["none", "2.5"]]
+
+
+def test_arms() -> None:
+    assert set(study.DEFAULT) - {"start"} == {n for n in SYSTEMS if not n.startswith("task_")}
+    assert [arm for arm in study.DEFAULT if not study._trains(arm)] == ["start", "cached", "none"]
+
+
+@pytest.mark.slow
+def test_all_of_it_in_two_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "config.py"
+    file.write_text(runs.QUICKSTART)
+    out, backbone = tmp_path / "out", quickstart.shipped_backbone()
+    argv = [f"--out={out}", f"--config={file}", f"--backbone={backbone}", "--judge", "synthetic"]
+    argv += ["--seeds", "0", "1", "--systems", "start", "shared_lora", "none", "--gin.eval.batch=1"]
+    assert study.command(argv) == 0
+    made = json.loads((out / "study.json").read_text())
+    found = made["quality"]["synthetic"]
+    assert {arm: len(splits) for arm, splits in found.items()} == dict.fromkeys(
+        ("start", "shared_lora", "none"), len(synthetic.HELD_OUT)
+    )
+    counts = {arm: len(splits[synthetic.HELD_OUT[0]]["seeds"]) for arm, splits in found.items()}
+    assert counts == {"start": 1, "shared_lora": 2, "none": 1}
+    # The text in front of the shipped backbone is right, nothing in front of it is not.
+    start, none = (found[arm][synthetic.HELD_OUT[0]]["mean"] for arm in ("start", "none"))
+    assert start > 90 > 10 > none
+    page = (out / "report_synthetic" / "report.html").read_text()
+    assert "Gap to the text in front of every input" in page
+    config = json.loads((out / "seed1" / "shared_lora" / "config.json").read_text())
+    assert (config["seed"], config["eval"]["batch"]) == (1, 1)
+    # A second call makes nothing again.
+    monkeypatch.setattr(quickstart, "train_config", None)
+    monkeypatch.setattr(evaluate, "evaluate_workdir", None)
+    assert study.command(argv) == 0
+    assert json.loads((out / "study.json").read_text()) == made
+
+
+def test_a_mistake_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = [f"--out={tmp_path / 'out'}", f"--backbone={tmp_path / 'no'}"]
+    assert study.command([*argv, "--systems", "himt"]) == 2
+    assert "the nearest is 'hint'" in capsys.readouterr().err
+    assert study.command([*argv, "--gin.trian.steps=3"]) == 2
+    assert "trian.steps" in capsys.readouterr().err
