@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 import runs
 
 SCRIPTS = ["tpu_run.sh", "tpu_worker.sh", "gpu_run.sh"]
@@ -218,6 +219,15 @@ elif verb == "count":
 """
 
 
+# Runs a command that hears of interrupts: a shell's background jobs, maybe these tests, do not.
+# A process between, for code of ours between fork and exec would make JAX warn of the fork.
+HEARING = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
+
+
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -232,7 +242,12 @@ class Launch:
         self._out, self._err = folder / "out", folder / "err"
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self.process = subprocess.Popen(
-                argv, env=env, cwd=folder, stdout=out, stderr=err, start_new_session=True
+                [sys.executable, "-S", "-E", "-c", HEARING, *argv],
+                env=env,
+                cwd=folder,
+                stdout=out,
+                stderr=err,
+                start_new_session=True,
             )
 
     @property
