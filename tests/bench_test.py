@@ -103,8 +103,6 @@ def test_an_unknown_benchmark_is_one_line(capsys: pytest.CaptureFixture[str]) ->
     [pytest.param(n, marks=[pytest.mark.slow] if n != "data" else []) for n in bench.BENCHES],
 )
 def test_each_runs_and_writes_its_table(name: str, tmp_path: Path) -> None:
-    if name in ("torch", "predict"):
-        pytest.importorskip("peft")
     sni = runs.save_sni(tmp_path / "official")
     gin = [f"--gin.data.sni_dir={sni}", "--gin.data.vocab=bytes"]
     given = gin if name in ("data", "packing", "scaling") else []

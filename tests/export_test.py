@@ -99,8 +99,6 @@ def our_logits(config: t5.T5Config, params: Any, adapters: Adapters | None) -> A
 @pytest.fixture(scope="module", params=SHAPES.values(), ids=list(SHAPES))
 def exported(request: Any, tmp_path_factory: Any) -> tuple[t5.T5Config, Path]:
     """A config and its random backbone as a Hugging Face folder."""
-    for package in ("torch", "transformers", "peft"):
-        pytest.importorskip(package, reason=f"{package} is not installed (setup.py, extra 'test')")
     folder = tmp_path_factory.mktemp("hf") / "model"
     weights.save_hf(folder, request.param, backbone(request.param))
     return request.param, folder

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from hyper_t5 import intervals
 
@@ -23,7 +24,6 @@ def width(ends: list[float] | None) -> float:
 
 @pytest.mark.parametrize("count", [9, 119])
 def test_it_is_scipys_bootstrap_of_the_same_ratio(count: int) -> None:
-    stats = pytest.importorskip("scipy.stats")
     parts = of_tasks(count)
     sums, rows = np.array(list(parts.values())).T
     theirs = stats.bootstrap(

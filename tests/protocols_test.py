@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
+from nltk.stem.porter import PorterStemmer
 
 import runs
 from hyper_t5 import bpe, cli, intervals, protocols, scores, submission
@@ -69,7 +71,7 @@ def lcs(a: list[str], b: list[str]) -> int:
 
 
 def test_rouge_l_is_its_definition() -> None:
-    stem = pytest.importorskip("nltk.stem.porter").PorterStemmer().stem
+    stem = PorterStemmer().stem
 
     def words(text: str) -> list[str]:
         found = "".join(c if c in "abcdefghijklmnopqrstuvwxyz0123456789" else " " for c in text)
@@ -203,7 +205,6 @@ def merges(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_tokens_are_those_of_tokenizers(merges: Path) -> None:
-    tokenizers = pytest.importorskip("tokenizers")
     pairs = [tuple(line.split()) for line in merges.read_text().splitlines()[1:]]
     alphabet = [*bpe.byte_letters(), *(a + b for a, b in pairs)]
     vocab = {token: i for i, token in enumerate(dict.fromkeys(alphabet))}
