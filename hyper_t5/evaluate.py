@@ -150,17 +150,16 @@ def answer(
     for count, number in enumerate(left, 1):
         if distributed.preempted(count):
             raise PreemptedError("preempted before all was judged; evaluate again to go on")
-        since, (split, mixture, task, by_rank) = time.monotonic(), asked[number]
-        own = model.task_number(m, task.name, trained_on)
-        where = {"split": split, "mixture": mixture, "task": task.name}
-        said = (rank_answers if by_rank else generated_answers)(
-            m, params, task, config, backbone, own, mixture
-        )
-        rows = [where | row | one for row, one in zip(task_rows(task), said, strict=True)]
+        since, one = time.monotonic(), asked[number]
+        own = model.task_number(m, one.task.name, trained_on)
+        where = {"split": one.split, "mixture": one.mixture, "task": one.task.name}
+        said = answers_of(m, params, one, config, backbone, own)
+        rows = [where | row | told for row, told in zip(task_rows(one.task), said, strict=True)]
         kept.add(number, rows, time.monotonic() - since)
         if count % 20 == 0 or count == len(left):
             eta = (time.monotonic() - began) / count * (len(left) - count)
-            distributed.say(f"evaluate {split}: task {number + 1}/{len(asked)}  ETA {eta:.0f} s")
+            place = f"task {number + 1}/{len(asked)}"
+            distributed.say(f"evaluate {one.split}: {place}  ETA {eta:.0f} s")
 
 
 def judge(
@@ -207,34 +206,22 @@ def task_rows(task: EvalTask) -> Iterator[dict[str, Any]]:
         }
 
 
-def generated_answers(
+def answers_of(
     m: model.Model,
     params: model.Tree,
-    task: EvalTask,
+    one: Asked,
     config: ConfigDict,
     backbone: model.Backbone,
     number: int,
-    mixture: str,
 ) -> Iterator[dict[str, Any]]:
-    """What is said to each row of a task."""
-    del mixture
-    for ids in predict_task(m, params, task, config, number):
-        yield {"prediction": backbone.vocab.decode(ids.tolist())}
-
-
-def rank_answers(
-    m: model.Model,
-    params: model.Tree,
-    task: EvalTask,
-    config: ConfigDict,
-    backbone: model.Backbone,
-    number: int,
-    mixture: str,
-) -> Iterator[dict[str, Any]]:
-    """The option chosen by the mixture's rule for each row of a task, and how all of them score."""
-    choose = protocols.of_mixture(mixture).choose
-    ranked = ranking.rank_task(m, params, task, config, backbone.vocab, number)
-    for options, found in zip(task.options, ranked, strict=True):
+    """What is said to each row of a task, and by which scores where its options were ranked."""
+    if not one.by_rank:
+        for ids in predict_task(m, params, one.task, config, number):
+            yield {"prediction": backbone.vocab.decode(ids.tolist())}
+        return
+    choose = protocols.of_mixture(one.mixture).choose
+    ranked = ranking.rank_task(m, params, one.task, config, backbone.vocab, number)
+    for options, found in zip(one.task.options, ranked, strict=True):
         yield {
             "prediction": options[choose(found.log_probs, found.tokens)],
             "options": list(options),

@@ -306,7 +306,7 @@ def test_a_row_without_options_is_told_before_any_split_is_judged(
     last = dataclasses.replace(choices[1], rows=[*choices[1].rows[:2], free])
     tasks = {"test_100": choices, "test_13": [choices[0], last]}
     monkeypatch.setattr(data, "load_judged", lambda config, mixture, split, vocab: tasks[split])
-    monkeypatch.setattr(evaluate, "rank_answers", lambda *_: pytest.fail("it was judged"))
+    monkeypatch.setattr(evaluate, "answers_of", lambda *_: pytest.fail("it was judged"))
     argv = ["evaluate", f"--workdir={run_of('none')}", "--gin.eval.how=rank"]
     said = runs.fails(capsys, *argv, f"--out={tmp_path / 'no'}")
     assert f"row {free.id} of task {last.name} has no options" in said
@@ -600,15 +600,15 @@ class Stopped(BaseException):
 def stopped_after(monkeypatch: pytest.MonkeyPatch, tasks: int) -> list[str]:
     """Evaluations stop before they answer more tasks; the names of those that they began."""
     begun: list[str] = []
-    whole = evaluate.generated_answers
+    whole = evaluate.answers_of
 
-    def answers(m: Any, params: Any, task: Any, *more: Any) -> Any:
+    def answers(m: Any, params: Any, one: evaluate.Asked, *more: Any) -> Any:
         if len(begun) == tasks:
             raise Stopped
-        begun.append(task.name)
-        return whole(m, params, task, *more)
+        begun.append(one.task.name)
+        return whole(m, params, one, *more)
 
-    monkeypatch.setattr(evaluate, "generated_answers", answers)
+    monkeypatch.setattr(evaluate, "answers_of", answers)
     return begun
 
 
