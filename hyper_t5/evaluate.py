@@ -80,16 +80,15 @@ def evaluate(
     backbone: model.Backbone,
     params: model.Tree,
     trained_on: Sequence[str] = (),
-    asked: Sequence[Asked] | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """(metrics, predictions) of every held-out task.
 
     The metrics are those that `protocols.score_predictions` makes of the predictions, and of each
     task what its conditioning held. ``trained_on``: the tasks of a run with adapters for each, in
-    their order. ``asked``: other tasks than `ask` makes of the config.
+    their order.
     """
     tokenizer = _tokenizer(config)
-    asked = ask(config, m, backbone) if asked is None else asked
+    asked = ask(config, m, backbone)
     kept = Answers(None, [""] * len(asked), [len(one.task.inputs) for one in asked])
     answer(config, m, backbone, params, asked, kept, trained_on)
     return judge(config, asked, kept.rows(), tokenizer)
@@ -294,6 +293,13 @@ def evaluate_workdir(
     and table.
     """
     others = [read_report(path) for path in compare]  # a mistake is told before the long work
+    subject, step = run_subject(workdir, overrides)
+    place = files.as_path(workdir) / "eval" / _place_name(subject.config, step)
+    return _evaluate_to(files.as_path(out or place), subject, others)
+
+
+def run_subject(workdir: str | Path, overrides: Any = ()) -> tuple[Subject, int]:
+    """(a run as what is evaluated, its newest step)."""
     config, m, backbone, params = model.load_run(workdir, overrides, on_mesh=True)
     step = distributed.agree("evaluated", model.step_of(workdir))
     weights = [checkpoint.digest(workdir)]
@@ -311,8 +317,7 @@ def evaluate_workdir(
         model.tasks_of(workdir),
         cost.training_seconds(workdir),
     )
-    place = files.as_path(out or files.as_path(workdir) / "eval" / _place_name(config, step))
-    return _evaluate_to(place, subject, others)
+    return subject, step
 
 
 def _place_name(config: ConfigDict, step: int) -> str:
@@ -353,8 +358,7 @@ def _evaluate_to(
 ) -> dict[str, Any]:
     s, began = subject, time.monotonic()
     tokenizer, asked = _tokenizer(s.config), ask(s.config, s.m, s.backbone)
-    kept = Answers(place / "answers", _keys(s, asked), [len(one.task.inputs) for one in asked])
-    answer(s.config, s.m, s.backbone, s.params, asked, kept, s.trained_on)
+    kept = answered(s, asked, place / "answers")
     generated = statistics_of_adapters(s, asked)
     if not distributed.is_first():
         return {}
@@ -377,6 +381,13 @@ def _evaluate_to(
         print(place / "submission.jsonl")
     kept.remove()
     return report
+
+
+def answered(s: Subject, asked: Sequence[Asked], folder: epath.Path) -> Answers:
+    """The answers to all that is asked: those that the folder has, and the others, kept there."""
+    kept = Answers(folder, _keys(s, asked), [len(one.task.inputs) for one in asked])
+    answer(s.config, s.m, s.backbone, s.params, asked, kept, s.trained_on)
+    return kept
 
 
 def statistics_of_adapters(s: Subject, asked: Sequence[Asked]) -> dict[str, Any]:

@@ -7,17 +7,20 @@ that answers as well with another task's text ignores its conditioning, however 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
-from hyper_t5 import distributed, evaluate, files, intervals, model, plots, protocols
+from hyper_t5 import distributed, evaluate, files, intervals, plots, protocols
 from hyper_t5.changes import CHANGES, Change, same, settle
 from hyper_t5.errors import UserError
+from hyper_t5.evaluate import Subject
 from hyper_t5.hypermodels import SYSTEMS
 from hyper_t5.prompts import ShowRule, show_rule
 
@@ -62,22 +65,27 @@ def robustness(
 ) -> dict[str, Any]:
     """Judge runs under changed text; writes OUT/robustness.json and .png, and prints tables.
 
+    Answers are kept in OUT/answers until all is there: after a stop the next call goes on. Returns
+    what is in the file, on process 0; on the others nothing.
+
     ``metric``: a metric of tasks, the same for all; '' is each benchmark's own.
     """
-    runs = []
-    for workdir in workdirs:
-        config, m, backbone, params = model.load_run(workdir, overrides, on_mesh=True)
-        trained_on = model.tasks_of(workdir)
-        found = ask_all(config, m, backbone, params, trained_on, shots, metric, seed)
-        runs.append({"system": config.system, "workdir": str(workdir), **report(found)})
+    runs, place = [], files.as_path(out)
+    answers = place / "answers"
+    for number, workdir in enumerate(workdirs):
+        subject, _ = evaluate.run_subject(workdir, overrides)
+        found = ask_all(subject, answers / str(number), shots, metric, seed)
+        runs.append({"system": subject.config.system, "workdir": str(workdir), **report(found)})
+    if not distributed.is_first():
+        return {}
     made = {"seed": seed, "shots": list(shots), "metric": metric or "headline", "runs": runs}
-    if distributed.is_first():
-        place = files.as_path(out)
-        for run in runs:
-            print(f"\n{run['workdir']}\n{table(run)}\n" + "\n".join(run["verdicts"]))
-        files.write_json(place / "robustness.json", made)
-        picture = plots.robustness(_named(runs), place / "robustness.png")
-        print(f"\n{place / 'robustness.json'}\n{picture}")
+    for run in runs:
+        print(f"\n{run['workdir']}\n{table(run)}\n" + "\n".join(run["verdicts"]))
+    files.write_json(place / "robustness.json", made)
+    picture = plots.robustness(_named(runs), place / "robustness.png")
+    print(f"\n{place / 'robustness.json'}\n{picture}")
+    with files.as_os_error():
+        answers.rmtree()
     return made
 
 
@@ -125,36 +133,38 @@ def _with_shots(config: ConfigDict, shots: int) -> ConfigDict:
 
 
 def ask_all(
-    config: ConfigDict,
-    m: model.Model,
-    backbone: model.Backbone,
-    params: model.Tree,
-    trained_on: Sequence[str] = (),
+    subject: Subject,
+    folder: epath.Path,
     shots: Sequence[int] = SHOTS,
     metric: str = "",
     seed: int = 0,
 ) -> dict[Asking, Found]:
-    """Every asking of a run and what came of it; what reads the same is asked once."""
-    made: dict[Asking, Found] = {}
-    known: dict[str, Found] = {}
+    """Every asking of a run and what came of it, on process 0; what reads the same is asked once.
+
+    ``folder``: where answers are kept, FOLDER/NUMBER for each asking.
+    """
+    s, config = subject, subject.config
+    digests: dict[Asking, str] = {}
+    found: dict[str, Found] = {}
     loaded = {
         split: (mixture, settle(tasks, config.eval.max_rows_per_task))
-        for split, (mixture, tasks) in evaluate.load(config, backbone).items()
+        for split, (mixture, tasks) in evaluate.load(config, s.backbone).items()
     }
-    for asking in askings(config, shots):
+    for number, asking in enumerate(askings(config, shots)):
         distributed.say(f"\n== {asking.name}")
-        its = _with_shots(config, asking.shots)
+        its = dataclasses.replace(s, config=_with_shots(config, asking.shots))
         changed = {
             split: (mixture, asking.change.make(tasks, seed))
             for split, (mixture, tasks) in loaded.items()
         }
-        asked = evaluate.ask(its, m, backbone, changed)
+        asked = evaluate.ask(its.config, s.m, s.backbone, changed)
         key = _digest(asked)
-        if key not in known:
-            judged = evaluate.evaluate(its, m, backbone, params, trained_on, asked)
-            known[key] = _found(*judged, metric)
-        made[asking] = known[key]
-    return made
+        if key not in digests.values():
+            kept = evaluate.answered(its, asked, folder / str(number))
+            if distributed.is_first():  # what was answered before a stop is only there
+                found[key] = _found(*evaluate.judge(its.config, asked, kept.rows()), metric)
+        digests[asking] = key
+    return {asking: found[key] for asking, key in digests.items() if key in found}
 
 
 def _digest(asked: Sequence[evaluate.Asked]) -> str:

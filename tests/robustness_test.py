@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from etils import epath
 
 import runs
 from hyper_t5 import changes, cli, config, evaluate, model, robustness, workdir
@@ -163,21 +164,65 @@ def test_a_metric_that_there_is_not_names_those_there_are() -> None:
     assert robustness._found(told, rows, "").quality == {"s/a": 1.0}
 
 
-def test_what_reads_the_same_is_asked_once(reader: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_reads_the_same_is_asked_once(
+    reader: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Sixteen examples are as many as four where four fit."""
     asked: list[int] = []
 
-    def count(config: Any, *args: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        asked.append(config.eval.shots)
+    class Nothing:
+        def rows(self) -> list[Any]:
+            return []
+
+    def count(subject: evaluate.Subject, *_: Any) -> Nothing:
+        asked.append(subject.config.eval.shots)
+        return Nothing()
+
+    def judge(*_: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         row = {"split": "s", "mixture": "synthetic", "prediction": ""}
         scores = {"strict_match": 1.0, "examples_shown": 0}
         return {"splits": {"s": {"per_task": {"a": scores, "b": scores}}}}, [row]
 
-    monkeypatch.setattr(evaluate, "evaluate", count)
-    loaded, m, backbone, params = model.load_run(reader, [], on_mesh=True)
-    loaded.eval.split = FIELDS["eval.split"]
-    found = robustness.ask_all(loaded, m, backbone, params, shots=(0, 8, 16))
+    monkeypatch.setattr(evaluate, "answered", count)
+    monkeypatch.setattr(evaluate, "judge", judge)
+    subject, _ = evaluate.run_subject(reader)
+    subject.config.eval.split = FIELDS["eval.split"]
+    found = robustness.ask_all(subject, epath.Path(tmp_path), shots=(0, 8, 16))
     assert {asking.shots for asking in found} == {0, 2, 8, 16}
     assert 8 in asked
     assert 16 not in asked
     assert json.dumps(robustness.report(found))
+
+
+class Stopped(BaseException):
+    """As a kill: nobody catches it."""
+
+
+def test_a_stopped_run_goes_on(
+    told: Path,
+    reader: Path,
+    deaf: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Stopped in its third asking, it ends as the other; what was answered is not asked again."""
+    out, whole, began = tmp_path / "out", evaluate.answers_of, 0
+
+    def answers(*args: Any) -> Any:
+        nonlocal began
+        began += 1
+        if began == 60:
+            raise Stopped
+        return whole(*args)
+
+    monkeypatch.setattr(evaluate, "answers_of", answers)
+    with pytest.raises(Stopped):
+        ask(out, reader, deaf)
+    capsys.readouterr()
+    ask(out, reader, deaf)
+    said = capsys.readouterr().out
+    assert said.count("24 of 24 tasks are judged") == 2
+    assert said.count("11 of 24 tasks are judged") == 1
+    assert (out / "robustness.json").read_bytes() == (told / "robustness.json").read_bytes()
+    assert not (out / "answers").exists()
