@@ -28,6 +28,9 @@ def exit_code(program: str) -> Callable[[Callable[P, None]], Callable[P, int]]:
     def decorate(main: Callable[P, None]) -> Callable[P, int]:
         @functools.wraps(main)
         def run(*args: P.args, **kwargs: P.kwargs) -> int:
+            from hyper_t5.chips import quiet_libtpu  # it needs this module
+
+            quiet_libtpu()
             try:
                 main(*args, **kwargs)
             except UserError as error:
