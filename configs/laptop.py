@@ -52,6 +52,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
         train.steps = 500 if args.stage == "hyperpretrain" else 200
     elif args.system.startswith(("shared_", "task_")):
         optimizer.learning_rate = 1e-2
+    elif args.system.startswith("hyper_lora"):
+        optimizer.learning_rate = 1e-4  # at 3e-4 and above its loss rises
     if args.system.startswith("task_"):
         config.stage, config.adapter.task_slots = "peft", 128
     if args.system == "hint":
