@@ -19,7 +19,17 @@ from typing import Any
 
 import numpy as np
 
-from hyper_t5 import checkpoint, evaluate, files, plots, quickstart, report, workdir
+from hyper_t5 import (
+    checkpoint,
+    evaluate,
+    files,
+    intervals,
+    plots,
+    protocols,
+    quickstart,
+    report,
+    workdir,
+)
 from hyper_t5 import config as config_lib
 from hyper_t5.errors import exit_code
 from hyper_t5.hypermodels import SYSTEMS
@@ -112,7 +122,11 @@ MEAN = "mean"
 
 
 def _scores(runs: Mapping[str, Sequence[report.Run]]) -> dict[str, Any]:
-    """{arm: {split: {metric, mean, deviation, seeds: [...]}}}, means over tasks."""
+    """{arm: {split: {metric, mean, deviation, seeds: [...]}}}, means over tasks.
+
+    Where `concat` is there, the others have a ``difference`` to it, and its paired ``interval``
+    over tasks (in P3: datasets), each the mean of its seeds.
+    """
     made: dict[str, Any] = {}
     for arm, found in runs.items():
         made[arm] = {}
@@ -124,6 +138,21 @@ def _scores(runs: Mapping[str, Sequence[report.Run]]) -> dict[str, Any]:
                 "deviation": float(np.std(values)),
                 "seeds": values,
             }
+            if arm != CONCAT and CONCAT in runs:
+                pair = (_over_seeds(r, split) for r in (found, runs[CONCAT]))
+                _, points, ends = intervals.difference(*pair)
+                made[arm][split] |= {"difference": points, "interval": ends}
+    return made
+
+
+def _over_seeds(runs: Sequence[report.Run], split: str) -> intervals.Parts:
+    """What the headline metric of a split is made of, of all seeds together."""
+    made: dict[str, tuple[float, float]] = {}
+    for run in runs:
+        parts = protocols.parts_of(run.report["splits"][split])[run.metric(split)]
+        for unit, (total, count) in parts.items():
+            before = made.get(unit, (0.0, 0.0))
+            made[unit] = (before[0] + total, before[1] + count)
     return made
 
 
@@ -135,13 +164,28 @@ def _as_reports(scores: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def table(scores: Mapping[str, Any]) -> str:
-    """A line an arm: the mean over seeds of each split's metric, and the standard deviation."""
-    splits = next(iter(scores.values()))
-    lines = [["", *(f"{split}: {told['metric']}" for split, told in splits.items())]]
+    """A line an arm: the mean over seeds of each split's metric, and the standard deviation.
+
+    Behind it the difference to `concat`, and its 95 % interval.
+    """
+    splits: Mapping[str, Any] = next(iter(scores.values()))
+    lines = [[""]]
+    for split, told in splits.items():
+        lines[0] += [f"{split}: {told['metric']}", f"less {CONCAT}"]
     for arm, found in scores.items():
-        told = [(s[MEAN], s["deviation"], len(s["seeds"])) for s in found.values()]
-        lines.append([arm, *(f"{m:.1f}" + (f" ±{d:.1f}" if n > 1 else "") for m, d, n in told)])
+        cells = [arm]
+        for told in found.values():
+            spread = f" ±{told['deviation']:.1f}" if len(told["seeds"]) > 1 else ""
+            cells += [f"{told[MEAN]:.1f}{spread}", _told_difference(told)]
+        lines.append(cells)
     return evaluate.aligned(lines, right=True)
+
+
+def _told_difference(told: Mapping[str, Any]) -> str:
+    if "difference" not in told:
+        return ""
+    ends = told["interval"]
+    return f"{told['difference']:+.1f}" + (f" [{ends[0]:+.1f}, {ends[1]:+.1f}]" if ends else "")
 
 
 @exit_code("study")

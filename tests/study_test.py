@@ -14,8 +14,10 @@ from hyper_t5.tasks import synthetic
 
 
 def _run(name: str, values: dict[str, float]) -> report.Run:
-    tasks = {task: {"strict_match": v, "rougeL": 1.0} for task, v in values.items()}
-    found = {"system": name, "splits": {"seen": {"per_task": tasks, "mixture": "synthetic"}}}
+    tasks = {t: {"rows": 5, "strict_match": v, "rougeL": 1.0} for t, v in values.items()}
+    overall = {"strict_match": 0.0, "rougeL": 0.0}  # only which there are is read
+    split = {"per_task": tasks, "mixture": "synthetic", "overall": overall}
+    found = {"system": name, "splits": {"seen": split}}
     rows = [{"split": "seen", "mixture": "synthetic"}]
     return report.Run(name, found, rows, {}, [])
 
@@ -24,6 +26,7 @@ def test_means_over_tasks_then_seeds() -> None:
     made = {
         "hint": [_run("hint", {"a": 10.0, "b": 20.0}), _run("hint", {"a": 20.0, "b": 30.0})],
         "none": [_run("none", {"a": 0.0, "b": 5.0})],
+        "concat": [_run("concat", {"a": 12.0, "b": 4.0}), _run("concat", {"a": 12.0, "b": 8.0})],
     }
     scores = study._scores(made)
     assert scores["hint"]["seen"] == {
@@ -31,9 +34,17 @@ def test_means_over_tasks_then_seeds() -> None:
         "mean": 20.0,
         "deviation": 5.0,
         "seeds": [15.0, 25.0],
+        # of both seeds: a 15 against 12, b 25 against 6, in whatever draw
+        "difference": 11.0,
+        "interval": [3.0, 19.0],
     }
     lines = [line.split() for line in study.table(scores).splitlines()]
-    assert lines == [["seen:", "strict_match"], ["hint", "20.0", "±5.0"], ["none", "2.5"]]
+    assert lines == [
+        ["seen:", "strict_match", "less", "concat"],
+        ["hint", "20.0", "±5.0", "+11.0", "[+3.0,", "+19.0]"],
+        ["none", "2.5", "-6.5", "[-12.0,", "-1.0]"],
+        ["concat", "9.0", "±1.0"],
+    ]
 
 
 def test_arms() -> None:
