@@ -50,9 +50,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
         optimizer.name = "adafactor"
         optimizer.learning_rate = 1e-2 if args.stage == "hyperpretrain" else 1e-3
         train.steps = 500 if args.stage == "hyperpretrain" else 200
+    elif args.system in ("shared_lora", "task_lora"):
+        optimizer.learning_rate = 1e-3  # at 1e-2 its loss rises
     elif args.system.startswith(("shared_", "task_")):
         optimizer.learning_rate = 1e-2
-    elif args.system.startswith("hyper_lora"):
+    elif args.system in ("hyper_lora", "hyper_lora_plus", "text_to_lora"):
         optimizer.learning_rate = 1e-4  # at 3e-4 and above its loss rises
     if args.system.startswith("task_"):
         config.stage, config.adapter.task_slots = "peft", 128
