@@ -57,13 +57,15 @@ def quality_by_cost(
     pyplot = headless()
     figure, axes = pyplot.subplots(figsize=(10, 6))
     axes.scatter(*zip(*points.values(), strict=True), s=18)
+    top = min(100.0, 1.5 * max(1.0, *(quality for _, quality in points.values())))
+    line = 0.035 * top  # a label's height
     for group in _near(points):
         # Labels stand right of all points of about this cost, one above the other.
-        x, height = max(points[name][0] for name in group) * 1.05, -9.0
-        free = 104.0 - 3.5 * len(group)
+        x, height = max(points[name][0] for name in group) * 1.05, -0.09 * top
+        free = 1.04 * top - line * len(group)
         for name in group:
-            free += 3.5
-            height = max(height + 3.5, min(points[name][1], free))
+            free += line
+            height = max(height + line, min(points[name][1], free))
             axes.annotate(
                 name,
                 points[name],
@@ -79,7 +81,7 @@ def quality_by_cost(
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("{x:g}")
     axes.tick_params(axis="x", which="both", length=4, pad=4)
-    axes.set_ylim(-9, 108)
+    axes.set_ylim(-0.09 * top, 1.08 * top)
     axes.set_xlabel("MFLOPs per example")
     axes.set_ylabel(ylabel)
     axes.spines[["top", "right"]].set_visible(False)
@@ -87,7 +89,7 @@ def quality_by_cost(
     return save(figure, path)
 
 
-def _near(points: Mapping[str, tuple[float, float]], ratio: float = 1.2) -> list[list[str]]:
+def _near(points: Mapping[str, tuple[float, float]], ratio: float = 1.3) -> list[list[str]]:
     """The names of points whose first numbers differ by little, each group from below upwards."""
     groups: list[list[str]] = []
     for name in sorted(points, key=lambda name: points[name]):
@@ -268,6 +270,35 @@ def robustness(runs: Mapping[str, Mapping[str, Any]], path: str | Path) -> str |
     right.set_yticks([-place for place in range(len(changes))], changes, fontsize=9)
     right.set_xlabel("difference to unchanged text, 95 % interval over tasks", fontsize=10)
     for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    return save(figure, path)
+
+
+def against(
+    panels: Mapping[str, Mapping[str, Mapping[str, Any]]], other: str, path: str | Path
+) -> str | Path:
+    """A panel a title, a line a system: its seeds, their mean, and how sure it differs from other.
+
+    ``panels``: title -> system -> {mean, seeds, and interval: of the difference to ``other``}. The
+    interval is drawn about other's mean, so that one that does not touch its line is a difference.
+    """
+    pyplot = headless()
+    systems = list(next(iter(panels.values())))
+    figure, row = pyplot.subplots(
+        1, len(panels), figsize=(5.5 * len(panels), 1 + 0.28 * len(systems)), squeeze=False
+    )
+    for axes, (title, told) in zip(row[0], panels.items(), strict=True):
+        base = told[other]["mean"]
+        axes.axvline(base, color="grey", linewidth=0.8)
+        for place, name in enumerate(systems):
+            found = told[name]
+            if ends := found.get("interval"):
+                axes.plot([base + e for e in ends], [-place, -place], "-", color="C0", linewidth=1)
+            axes.plot(found["seeds"], [-place] * len(found["seeds"]), "o", color="C0", alpha=0.35)
+            axes.plot([found["mean"]], [-place], "|", color="C0", markersize=13, markeredgewidth=2)
+        axes.set_yticks([-place for place in range(len(systems))], systems, fontsize=9)
+        axes.set_xlabel(title, fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     return save(figure, path)

@@ -2,10 +2,10 @@
 
 ``python -m hyper_t5.study --config configs/laptop.py --backbone DIR --judge sni p3 --seeds 0 1
 --out runs/study --gin.data.sni_dir=...`` trains each system for the config's steps from the same
-backbone, judges it on the held-out tasks of each mixture, and writes study.json, a table, a plot
-and a report page for each mixture (of the first seed). `start` is that backbone as it is with the
-text in front of every input; `concat` the same after as many steps as all the others had. What is
-there already is not made again, so that it goes on after a stop.
+backbone, judges it on the held-out tasks of each mixture, and writes study.json, study.png, and for
+each mixture a table and a report page (of the first seed). `start` is that backbone as it is with
+the text in front of every input; `concat` the same after as many steps as all the others had. What
+is there already is not made again, so that it goes on after a stop.
 """
 
 from __future__ import annotations
@@ -82,8 +82,9 @@ def main(
     files.write_json(out / "study.json", {"seeds": list(seeds), "quality": results})
     for mixture, runs in made.items():
         page = report.write_page([found[0] for found in runs.values()], out / f"report_{mixture}")
-        plot = plots.compare(_as_reports(results[mixture]), out / f"{mixture}.png", MEAN)
-        print(f"\n{table(results[mixture])}\n\nplot: {plot}\nreport: {page}")
+        print(f"\n{table(results[mixture])}\n\nreport: {page}")
+    if plot := _plot(results, out / "study.png"):
+        print(f"plot: {plot}")
     print(f"numbers: {out / 'study.json'}")
     return results
 
@@ -156,11 +157,16 @@ def _over_seeds(runs: Sequence[report.Run], split: str) -> intervals.Parts:
     return made
 
 
-def _as_reports(scores: Mapping[str, Any]) -> list[dict[str, Any]]:
-    return [
-        {"system": arm, "splits": {s: {"overall": told} for s, told in splits.items()}}
-        for arm, splits in scores.items()
-    ]
+def _plot(results: Mapping[str, Any], path: Path) -> Any:
+    """Every split of every mixture as a panel; None without `concat`, to which all is compared."""
+    panels: dict[str, dict[str, Any]] = {}
+    for mixture, scores in results.items():
+        for arm, splits in scores.items():
+            for split, told in splits.items():
+                panels.setdefault(f"{mixture} {split}: {told['metric']}", {})[arm] = told
+    return (
+        plots.against(panels, CONCAT, path) if all(CONCAT in p for p in panels.values()) else None
+    )
 
 
 def table(scores: Mapping[str, Any]) -> str:

@@ -47,6 +47,15 @@ def test_means_over_tasks_then_seeds() -> None:
     ]
 
 
+def test_its_plot_needs_the_one_that_all_are_compared_with(tmp_path: Path) -> None:
+    made = {name: [_run(name, {"a": 1.0, "b": 2.0})] for name in ("none", "concat")}
+    found = {"synthetic": study._scores(made)}
+    plot = study._plot(found, tmp_path / "study.png")
+    assert Path(plot).read_bytes().startswith(b"\x89PNG")
+    del found["synthetic"]["concat"]
+    assert study._plot(found, tmp_path / "none.png") is None
+
+
 def test_arms() -> None:
     assert set(study.DEFAULT) - {"start"} == {n for n in SYSTEMS if not n.startswith("task_")}
     assert [arm for arm in study.DEFAULT if not study._trains(arm)] == ["start", "cached", "none"]
@@ -70,6 +79,7 @@ def test_all_of_it_in_two_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     # The text in front of the shipped backbone is right, nothing in front of it is not.
     start, none = (found[arm][synthetic.HELD_OUT[0]]["mean"] for arm in ("start", "none"))
     assert start > 90 > 10 > none
+    assert not (out / "study.png").exists()  # there is no concat to compare with
     page = (out / "report_synthetic" / "report.html").read_text()
     assert "Gap to the text in front of every input" in page
     config = json.loads((out / "seed1" / "shared_lora" / "config.json").read_text())
