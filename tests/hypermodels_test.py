@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -412,8 +413,13 @@ def test_fid_icl_encodes_each_part_alone() -> None:
 MODES = ("learned", "generated", "per_task", "none")
 
 
-@pytest.mark.parametrize("decoder", MODES)
-@pytest.mark.parametrize("encoder", MODES)
+@pytest.mark.parametrize(
+    ("encoder", "decoder"),
+    [
+        pytest.param(*pair, marks=[] if pair[0] == pair[1] else [pytest.mark.slow])
+        for pair in itertools.product(MODES, MODES)
+    ],
+)
 def test_every_mode_of_the_hyperdecoder_is_trained_whole(encoder: str, decoder: str) -> None:
     """No parameter of a mode without a gradient, and none for what the task number leaves out."""
     m = build(

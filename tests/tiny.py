@@ -44,7 +44,8 @@ EVERYTHING = {
 @functools.cache
 def params(config: t5.T5Config = CONFIG) -> dict[str, Any]:
     """Random parameters; do not change them."""
-    return jax.jit(functools.partial(t5.init_params, config))(jax.random.key(0))
+    with jax.ensure_compile_time_eval():  # the first to ask may be a function that is traced
+        return jax.jit(functools.partial(t5.init_params, config))(jax.random.key(0))
 
 
 def random_adapters(spec: AdapterSpec, tasks: int, config: t5.T5Config = CONFIG) -> Adapters:
