@@ -8,10 +8,7 @@ one device. No JAX is imported.
 from __future__ import annotations
 
 import dataclasses
-import glob
 import math
-import os
-from collections.abc import MutableMapping
 
 from hyper_t5.errors import UserError
 from hyper_t5.overrides import choose, nearest
@@ -257,17 +254,3 @@ def wraps(chip: Chip, shape: tuple[int, ...]) -> tuple[bool, ...]:
     if chip.dimensions == 3:
         return tuple(not any(s % 4 for s in shape) for _ in shape)
     return tuple(side == (32 if chip.name == "v3" else 16) for side in shape)
-
-
-def quiet_libtpu(environment: MutableMapping[str, str] | None = None) -> None:
-    """Keep libtpu, where it is installed on a machine without TPUs, from warning that it has none.
-
-    It looks for the names of its workers when it is loaded, by JAX or by ``plan``. These two are
-    what it looks for; they decide nothing else there. A machine with TPUs, and what is set already,
-    are left alone.
-    """
-    if glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"):
-        return
-    environment = os.environ if environment is None else environment
-    environment.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    environment.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import os
 import sys
 import time
 import zlib
@@ -19,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from hyper_t5 import __version__, chips
+from hyper_t5 import __version__, quiet
 from hyper_t5.errors import PreemptedError, UserError
 
 GIN = "--gin."
@@ -27,9 +26,7 @@ GIN = "--gin."
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. ``--help`` and ``--version`` exit by themselves."""
-    # TensorFlow, which only reads data here, would report on its search for a GPU.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    chips.quiet_libtpu()
+    quiet.libraries()
     try:
         args = _parse(list(sys.argv[1:] if argv is None else argv))
         COMMANDS[args.command].run(args)

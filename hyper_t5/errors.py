@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable
 from typing import ParamSpec
 
+from hyper_t5 import quiet
+
 P = ParamSpec("P")
 
 
@@ -28,9 +30,7 @@ def exit_code(program: str) -> Callable[[Callable[P, None]], Callable[P, int]]:
     def decorate(main: Callable[P, None]) -> Callable[P, int]:
         @functools.wraps(main)
         def run(*args: P.args, **kwargs: P.kwargs) -> int:
-            from hyper_t5.chips import quiet_libtpu  # it needs this module
-
-            quiet_libtpu()
+            quiet.libraries()
             try:
                 main(*args, **kwargs)
             except UserError as error:

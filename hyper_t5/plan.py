@@ -36,7 +36,20 @@ import numpy as np
 from jax.experimental import topologies
 from ml_collections import ConfigDict
 
-from hyper_t5 import chips, cost, files, hlo, model, optim, packing, sharding, t5, train, weights
+from hyper_t5 import (
+    chips,
+    cost,
+    files,
+    hlo,
+    model,
+    optim,
+    packing,
+    quiet,
+    sharding,
+    t5,
+    train,
+    weights,
+)
 from hyper_t5 import config as config_lib
 from hyper_t5.chips import GIB, Chip
 from hyper_t5.episodes import input_width
@@ -112,7 +125,7 @@ def devices_of(chip: Chip, shape: tuple[int, ...], slices: int = 1) -> list[Any]
             "plan: the TPU compiler is not installed; pip install 'hyper_t5[plan]', or libtpu of "
             "the version that `pip show jax` names in its extra tpu"
         )
-    chips.quiet_libtpu()
+    quiet.libraries()
     # The chips of a TPU VM are left to whoever runs on them: JAX is not to look for any, and libtpu
     # not to lock them, which it does for all processes when it is loaded.
     jax.config.update("jax_platforms", "cpu")

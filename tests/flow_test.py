@@ -22,7 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # A module imports from lines above its own, or from its own package. A new module goes into the
 # highest line that has all it needs above it.
 LAYERS = [
-    ["hyper_t5", "errors", "relay"],
+    ["hyper_t5", "quiet", "relay"],
+    ["errors"],
     ["distributed"],
     ["overrides"],
     ["chips", "files", "tensors"],
@@ -43,7 +44,6 @@ LAYERS = [
         "intervals",
         "documents",
         "kits",
-        "intervals",
     ],
     ["adapters", "taskfile", "protocols"],
     ["prompts", "packing", "records", "sharding", "adapter_stats", "changes"],

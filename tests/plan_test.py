@@ -23,7 +23,7 @@ from jax.experimental import mesh_utils
 from ml_collections import ConfigDict
 
 import runs
-from hyper_t5 import chips, cli, hlo, model, plan, plan_tables, weights
+from hyper_t5 import chips, cli, hlo, model, plan, plan_tables, quiet, weights
 from hyper_t5 import config as config_lib
 from hyper_t5.chips import CHIPS, GIB
 from hyper_t5.episodes import EpisodeSampler
@@ -107,12 +107,13 @@ def test_rings() -> None:
 
 def test_libtpu_is_only_quietened_where_there_is_no_tpu(monkeypatch: pytest.MonkeyPatch) -> None:
     given = {"TPU_WORKER_HOSTNAMES": "mine"}
-    chips.quiet_libtpu(given)
-    assert given == {"TPU_WORKER_HOSTNAMES": "mine", "TPU_ACCELERATOR_TYPE": "v5p-8"}
+    quiet.libraries(given)
+    assert given["TPU_WORKER_HOSTNAMES"] == "mine"
+    assert given["TPU_ACCELERATOR_TYPE"] == "v5p-8"
     monkeypatch.setattr("glob.glob", lambda pattern: [pattern])
     given = {}
-    chips.quiet_libtpu(given)
-    assert not given
+    quiet.libraries(given)
+    assert given.keys() == {"TF_CPP_MIN_LOG_LEVEL"}
 
 
 # --------------------------------------------------------------------------------- programs as text

@@ -9,6 +9,7 @@ import os
 import sys
 from pathlib import Path
 
+from hyper_t5 import quiet
 from hyper_t5.bench import BENCHES, Options
 from hyper_t5.errors import UserError
 
@@ -19,7 +20,7 @@ def run() -> None:
     """Read the order, run the benchmark, write its result or the user's mistake as JSON."""
     order = json.loads(sys.argv[1])
     name, answer = order.pop("name"), Path(order.pop("answer"))
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    quiet.libraries()
     if name in ("torch", "predict"):
         # Both frameworks take as many threads as there are cores they may run on.
         os.environ["JAX_PLATFORMS"] = "cpu"
