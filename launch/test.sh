@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
-# Installs what the tests need, then runs them on two cores, without those marked `slow`.
+# Installs what the tests need, then runs them on two cores, without those marked `slow` or `soak`.
 #
-#   bash launch/test.sh [pytest's arguments]      bash launch/test.sh -m ''      (slow ones too)
+#   bash launch/test.sh [pytest's arguments]
+#   bash launch/test.sh -m 'not soak'      (what CI runs)
+#   bash launch/test.sh -m ''              (all)
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 bash "$root/launch/setup.sh" --extra test
 cd "$root"
-exec .venv/bin/python -m pytest -n 2 -m 'not slow' "$@"
+exec .venv/bin/python -m pytest -n 2 --dist loadgroup \
+  -m 'not slow and not soak' "$@"

@@ -98,10 +98,8 @@ def test_an_unknown_benchmark_is_one_line(capsys: pytest.CaptureFixture[str]) ->
     assert "benchmark" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=[pytest.mark.slow] if n != "data" else []) for n in bench.BENCHES],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", bench.BENCHES)
 def test_each_runs_and_writes_its_table(name: str, tmp_path: Path) -> None:
     sni = runs.save_sni(tmp_path / "official")
     gin = [f"--gin.data.sni_dir={sni}", "--gin.data.vocab=bytes"]

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+import procs
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -28,10 +30,8 @@ def _compile_cache() -> Path:
 # Before the first import of JAX, and in the environment so that subprocesses get it too.
 _defaults = {
     "JAX_PLATFORMS": "cpu",
-    # Eight devices on two cores may keep each other waiting; XLA would take that for a hang and end
-    # the process after 40 s.
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=8 "
-    "--xla_cpu_collective_call_terminate_timeout_seconds=600",
+    "XLA_FLAGS": procs.cpu_flags(8),
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     "JAX_COMPILATION_CACHE_DIR": str(_compile_cache()),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
     "TF_CPP_MIN_LOG_LEVEL": "2",

@@ -40,6 +40,8 @@ from hyper_t5.taskfile import Row, TaskRows
 from hyper_t5.tasks import synthetic
 from hyper_t5.vocab import EOS_ID
 
+pytestmark = pytest.mark.xdist_group("evaluate")  # its fixtures are dear: one worker makes them
+
 
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -27,8 +27,6 @@ from hyper_t5.taskfile import Row, TaskRows
 from hyper_t5.vocab import ByteVocabulary
 from tiny import CONFIG, EVERY_TARGET, ids, off, params
 
-pytestmark = pytest.mark.smoke
-
 LENGTH, GISTS, RANK = 7, 3, 4
 # Two tasks of two rows each; texts, inputs and targets of ragged length.
 BATCH: dict[str, Any] = {
@@ -225,6 +223,7 @@ def test_padding_of_the_text_changes_nothing(kind: str) -> None:
     assert off(found[REAL], expected[REAL]) < 1e-5
 
 
+@pytest.mark.smoke
 @every_kind
 def test_a_task_depends_on_its_own_text_only(kind: str) -> None:
     m, trained = moved(kind)

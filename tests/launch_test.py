@@ -24,6 +24,7 @@ from typing import Any
 
 import pytest
 
+import procs
 import runs
 
 SCRIPTS = ["tpu_run.sh", "tpu_worker.sh", "gpu_run.sh"]
@@ -849,10 +850,7 @@ def test_mistakes_with_slurm_are_one_line(
 def hosts(tmp_path: Path, repo_root: Path) -> Iterator[Pod]:
     """A pod that runs the package itself, four devices a worker."""
     made = Pod(tmp_path / "pod", repo_root, toy=False)
-    made.env |= {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-    }
+    made.env |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": procs.cpu_flags(4)}
     yield made
     made.close()
 
@@ -892,7 +890,7 @@ def test_two_hosts_train_are_preempted_and_go_on(hosts: Pod, tmp_path: Path) -> 
     assert (report / "metrics.json").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_two_hosts_one_dies_and_the_same_command_goes_on(hosts: Pod, tmp_path: Path) -> None:
     words = job(tmp_path, train__save_every=4)
     mistake = hosts.run(*words, "--gin.train.stepz=3", flags=MAKE)

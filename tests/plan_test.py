@@ -32,6 +32,8 @@ from hyper_t5.taskfile import Row, TaskRows
 from hyper_t5.tasks.text import open_chunks
 from hyper_t5.text import TextSampler
 
+pytestmark = pytest.mark.xdist_group("plan")  # its fixtures are dear: one worker makes them
+
 needs_libtpu = pytest.mark.skipif(
     not importlib.util.find_spec("libtpu"), reason="no TPU compiler; pip install libtpu"
 )
@@ -624,7 +626,7 @@ def test_the_documents_tables_are_made_of_plans(
     assert row.startswith("| lora_xl_v5p_8 | 8 v5p | 4x2 | 8 |")
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @needs_libtpu
 def test_a_published_config_at_full_depth(tmp_path: Path) -> None:
     config = config_lib.load(

@@ -85,6 +85,7 @@ def test_other_meshes_of_two_hosts(make: Any, tmp_path: Path, mesh: tuple[int, i
     np.testing.assert_allclose(losses(tmp_path / "2"), losses(tmp_path / "1"), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_sigterm_to_one_host_and_a_restart_on_another_number_of_hosts(
     make: Any, tmp_path: Path
 ) -> None:
@@ -133,6 +134,7 @@ distributed.finish()
         assert result.code == 0, result
 
 
+@pytest.mark.slow
 def test_a_killed_host_ends_the_other_with_one_line(make: Any, tmp_path: Path) -> None:
     config = make(system="shared_lora", train__steps=5000, train__save_every=5000)
     argv = [*runs.command(config, tmp_path / "run"), "--heartbeat_timeout=4"]
@@ -174,7 +176,7 @@ def test_a_bad_step_is_kept_by_all_hosts(make: Any, tmp_path: Path) -> None:
     assert checkpoint.latest_step(Path(replay.state)) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("stage", ["hyperpretrain", "mtf"])
 def test_kills_at_any_moment_change_nothing(make: Any, tmp_path: Path, stage: str) -> None:
     """kill -9 of both hosts, at moments drawn at random, also while a checkpoint is written."""
@@ -236,7 +238,7 @@ def test_two_hosts_rank_options_as_one_does(make: Any, tmp_path: Path) -> None:
         assert one == other
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_killed_hosts_evaluate_on(make: Any, tmp_path: Path) -> None:
     """kill -9 of both after a task or more, then one host, killed too, then both to the end."""
     folder = runs.save_sni(tmp_path / "official", rows=24)

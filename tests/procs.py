@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -156,11 +157,29 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def cpu_flags(devices: int) -> str:
+    """XLA_FLAGS of a process of this many CPU devices whose programs run once or twice.
+
+    Most of a test's time goes into compiling. The code it makes is slower and the time for it a
+    quarter, by these flags and with JAX_DISABLE_MOST_OPTIMIZATIONS, which conftest sets.
+    """
+    flags = [
+        f"--xla_force_host_platform_device_count={devices}",
+        # Eight devices on two cores may keep each other waiting; XLA would take that for a hang and
+        # end the process after 40 s.
+        "--xla_cpu_collective_call_terminate_timeout_seconds=600",
+        "--xla_cpu_parallel_codegen_split_count=1",
+    ]
+    if metadata.version("jaxlib").startswith("0.10."):  # later ones know no such flag, and abort
+        flags.append("--xla_cpu_use_fusion_emitters=false")
+    return " ".join(flags)
+
+
 def _environment(devices: int, address: str, hosts: int, index: int) -> dict[str, str]:
     """This process's own, with the compile cache that conftest chose, and the place in the run."""
     return dict(os.environ) | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": cpu_flags(devices),
         "JAX_COORDINATOR_ADDRESS": address,
         "JAX_NUM_PROCESSES": str(hosts),
         "JAX_PROCESS_ID": str(index),

@@ -30,6 +30,8 @@ from hyper_t5 import config as config_lib
 from hyper_t5.hypermodels import SYSTEMS
 from hyper_t5.tasks import synthetic
 
+pytestmark = pytest.mark.xdist_group("quickstart")  # its fixtures are dear: one worker makes them
+
 TRAINED = ("shared_prefix", "shared_lora", "hyper_lora", "hyper_prefix")
 FIRST = ("hyper_lora_hyperpretrain", "hyper_prefix_hyperpretrain")
 
@@ -224,6 +226,7 @@ def test_settings_of_every_system(system: str) -> None:
     assert len(set(quickstart.ARMS.values())) == len(quickstart.ARMS)
 
 
+@pytest.mark.slow
 def test_systems_of_ones_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "config.py").write_text(runs.QUICKSTART)
     monkeypatch.setattr(quickstart, "CONFIG", str(tmp_path / "config.py"))

@@ -107,6 +107,7 @@ def test_a_real_file_cut_off_anywhere(mixture: str, real_data: Any, tmp_path: Pa
     assert told == 3 * CUTS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mixture", "tasks", "folder"),
     [("sni_train", 691, "sni"), ("t0_train", 289, "p3"), ("metaicl_hr_to_lr_train", 59, "metaicl")],

@@ -20,6 +20,7 @@ from hyper_t5 import config as config_lib
 from hyper_t5.errors import UserError
 from hyper_t5.hypermodels import BACKBONE, SYSTEMS, System
 
+pytestmark = pytest.mark.xdist_group("systems")  # its fixtures are dear: one worker makes them
 every_system = pytest.mark.parametrize("system", SYSTEMS)
 # What other tools cannot say, and the words of the refusal.
 REFUSED = {
@@ -277,7 +278,9 @@ def test_a_folder_whose_generator_does_not_fit_is_named(root: Path, tmp_path: Pa
         runs.run(config, tmp_path / "run")
 
 
-@pytest.mark.parametrize("system", ["hint", "hyper_prefix_plus"])
+@pytest.mark.parametrize(
+    "system", [pytest.param("hint", marks=pytest.mark.slow), "hyper_prefix_plus"]
+)
 def test_the_second_stage_starts_from_both_that_the_first_trained(
     root: Path, tmp_path: Path, system: str
 ) -> None:
