@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -378,10 +379,12 @@ def test_a_bad_step_may_be_skipped(make: Any, tmp_path: Path) -> None:
     before, after = (runs.leaves(tmp_path / "skips", step) for step in (2, 3))
     changed = {name for name in before if before[name] != after[name]}
     assert changed == {"step", "guard/bad_step", "guard/mean", "guard/seen", "guard/skipped"}
-    same = runs.leaves(tmp_path / "plain", 2)
-    assert {k: v for k, v in before.items() if "guard" not in k} == {
-        k: v for k, v in same.items() if "guard" not in k
-    }
+    # The steps before it are those of a run without a guard, up to how two programs round.
+    one, same = (
+        checkpoint.load_subtree(tmp_path / name / "checkpoints" / "2", "params")[0]
+        for name in ("skips", "plain")
+    )
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), one, same)
 
 
 @pytest.mark.parametrize("parts", [1, 2])
