@@ -19,8 +19,6 @@ from hyper_t5 import config as config_lib
 from hyper_t5 import cost, hypermodels, metrics, model, t5, train
 from hyper_t5.hypermodels import SYSTEMS
 
-pytestmark = pytest.mark.xdist_group("cost")  # its fixtures are dear: one worker makes them
-
 HYPER, INPUT, TARGET = 72, 8, 6
 SIZES = t5.T5Config(
     vocab_size=800,

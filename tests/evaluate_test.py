@@ -40,8 +40,6 @@ from hyper_t5.taskfile import Row, TaskRows
 from hyper_t5.tasks import synthetic
 from hyper_t5.vocab import EOS_ID
 
-pytestmark = pytest.mark.xdist_group("evaluate")  # its fixtures are dear: one worker makes them
-
 
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -332,7 +330,7 @@ def test_options_need_not_be_ranked(
 # ------------------------------------------------------------------------------------ systems
 
 
-@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize("system", runs.marked(SYSTEMS))
 def test_every_system(run_of: Any, whole: Any, sni: Path, tmp_path: Path, system: str) -> None:
     run, choice = run_of(system), SYSTEMS[system]
     metrics, predictions = whole(system)

@@ -14,8 +14,6 @@ import runs
 from hyper_t5 import adapters as ad
 from hyper_t5 import cli, given, model, serve
 
-pytestmark = pytest.mark.xdist_group("given")  # its fixtures are dear: one worker makes them
-
 LORA = ("enc_self.query", "dec_cross.value", "dec_mlp.wo")
 
 

@@ -121,7 +121,7 @@ SYSTEMS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize("system", runs.marked(SYSTEMS))
 def test_packed_and_unpacked_losses_and_gradients_agree(system: str) -> None:
     fields: dict[str, Any] = {
         "data__pack": True,

@@ -32,8 +32,6 @@ from hyper_t5.taskfile import Row, TaskRows
 from hyper_t5.tasks.text import open_chunks
 from hyper_t5.text import TextSampler
 
-pytestmark = pytest.mark.xdist_group("plan")  # its fixtures are dear: one worker makes them
-
 needs_libtpu = pytest.mark.skipif(
     not importlib.util.find_spec("libtpu"), reason="no TPU compiler; pip install libtpu"
 )

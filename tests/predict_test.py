@@ -21,8 +21,6 @@ from hyper_t5 import cli, predict, serve
 from hyper_t5.errors import UserError
 from hyper_t5.serve import Model
 
-pytestmark = pytest.mark.xdist_group("predict")  # its fixtures are dear: one worker makes them
-
 TASKS: dict[str, dict[str, Any]] = {
     "copy": {"instruction": "copy the letters", "examples": [{"input": "a z", "output": "a"}]},
     "swap": {"instruction": "swap the first and last", "examples": []},

@@ -30,8 +30,6 @@ from hyper_t5 import config as config_lib
 from hyper_t5.hypermodels import SYSTEMS
 from hyper_t5.tasks import synthetic
 
-pytestmark = pytest.mark.xdist_group("quickstart")  # its fixtures are dear: one worker makes them
-
 TRAINED = ("shared_prefix", "shared_lora", "hyper_lora", "hyper_prefix")
 FIRST = ("hyper_lora_hyperpretrain", "hyper_prefix_hyperpretrain")
 

@@ -15,8 +15,6 @@ import tiny
 from hyper_t5 import adapter_stats, cli, protocols, report
 from hyper_t5.errors import UserError
 
-pytestmark = pytest.mark.xdist_group("report")  # its fixtures are dear: one worker makes them
-
 CATEGORIES = {
     "task_a": "Title_Generation",
     "task_b": "Title_Generation",

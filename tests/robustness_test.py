@@ -14,8 +14,6 @@ from hyper_t5 import changes, cli, config, evaluate, model, robustness, workdir
 from hyper_t5.errors import UserError
 from hyper_t5.files import read_json
 
-pytestmark = pytest.mark.xdist_group("robustness")  # its fixtures are dear: one worker makes them
-
 FIELDS = {
     "eval.split": "unseen_wordings",
     "eval.max_rows_per_task": "2",

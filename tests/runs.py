@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,26 @@ SIZES = t5.T5Config(
 )
 TASKS = ("task1_copy", "task2_swap", "task3_last")
 HELD_OUT = ("task4_first", "task5_double")
+
+
+# Each differs in one choice from a system that every run of the tests has.
+_VARIANTS = {
+    "hyper_prefix_plus",
+    "hyper_lora_plus",
+    "text_to_lora",
+    "shared_prefix",
+    "shared_bottleneck",
+    "task_lora",
+    "task_prefix",
+}
+
+
+def marked(systems: Iterable[str]) -> list[Any]:
+    """What to parametrize a test with that takes seconds a system: the variants are slow."""
+    return [
+        pytest.param(system, marks=pytest.mark.slow if system in _VARIANTS else ())
+        for system in systems
+    ]
 
 
 def replace(**fields: Any) -> t5.T5Config:

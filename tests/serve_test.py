@@ -24,8 +24,6 @@ from hyper_t5 import cli, model, t5, weights, workdir
 from hyper_t5.decoding import decode
 from hyper_t5.vocab import EOS_ID, ByteVocabulary
 
-pytestmark = pytest.mark.xdist_group("serve")  # its fixtures are dear: one worker makes them
-
 INSTRUCTIONS = {"copy": "copy the letters", "swap": "swap the first and last", "one": "drop"}
 INPUTS = ["a b c", "d e", "f", "g h i j", "k l", "m n o", "p q", "r s t u v w"]
 SYSTEMS = ("hyper_prefix", "hyper_lora")

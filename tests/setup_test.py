@@ -273,6 +273,6 @@ def test_unknown_arguments_are_refused(checkout: Checkout) -> None:
 def test_test_sh_hands_its_arguments_to_pytest(tmp_path: Path, repo_root: Path) -> None:
     checkout = Checkout(tmp_path, repo_root / "launch", "pip")
     ran = checkout.run("-m", "", "-k", "two words", script="test.sh")
-    usual = "-n|2|--dist|loadgroup|-m|not slow and not soak"
+    usual = "-n|2|--dist|loadfile|-m|not slow and not soak"
     assert ran.stdout == f"{checkout.root}|{usual}|-m||-k|two words\n"
     assert checkout.installs() == ["[test]"]

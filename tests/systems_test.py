@@ -20,8 +20,7 @@ from hyper_t5 import config as config_lib
 from hyper_t5.errors import UserError
 from hyper_t5.hypermodels import BACKBONE, SYSTEMS, System
 
-pytestmark = pytest.mark.xdist_group("systems")  # its fixtures are dear: one worker makes them
-every_system = pytest.mark.parametrize("system", SYSTEMS)
+every_system = pytest.mark.parametrize("system", runs.marked(SYSTEMS))
 # What other tools cannot say, and the words of the refusal.
 REFUSED = {
     "bottleneck adapters": ("hint", "shared_bottleneck", "task_bottleneck"),
@@ -115,7 +114,7 @@ def _differences(one: Any, other: Any) -> list[np.ndarray]:
 @pytest.mark.parametrize(
     "system",
     [
-        *SYSTEMS,
+        *runs.marked(SYSTEMS),
         "concat:tk_instruct",
         pytest.param("hyper_lora:tk_instruct", marks=pytest.mark.slow),
         pytest.param("hyper_prefix:metaicl", marks=pytest.mark.slow),

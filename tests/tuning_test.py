@@ -19,8 +19,6 @@ from hyper_t5 import config as config_lib
 from hyper_t5.errors import UserError
 from hyper_t5.overrides import Override
 
-pytestmark = pytest.mark.xdist_group("tuning")  # its fixtures are dear: one worker makes them
-
 JUDGED = 3  # rows of each task; the other three are trained on
 
 
