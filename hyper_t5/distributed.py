@@ -628,7 +628,6 @@ def catch_sigterm() -> Iterator[None]:
 
     Does nothing outside the main thread, which alone may set handlers.
     """
-    _sigterm.clear()
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -648,6 +647,7 @@ def catch_sigterm() -> Iterator[None]:
     finally:
         left.set()
         signal.signal(signal.SIGTERM, before)
+        _sigterm.clear()  # whoever runs next in this process was not asked
 
 
 def preempted(step: int) -> bool:
