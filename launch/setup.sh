@@ -63,7 +63,7 @@ make_venv() {
 }
 
 install() { # install EXTRA...
-  # Python compiles what is imported when it first is; compiling all there is takes half the time.
+  # Python compiles what is imported when it first is; compiling all that there is takes minutes.
   local list="$*" tool=pip how=("$venv/bin/python" -m pip install -qq --no-input --no-compile)
   local what="${list:+[${list// /,}]}"
   if has_uv; then

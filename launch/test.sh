@@ -10,5 +10,4 @@ set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 bash "$root/launch/setup.sh" --extra test
 cd "$root"
-exec .venv/bin/python -m pytest -n 2 --dist loadfile \
-  -m 'not slow and not soak' "$@"
+exec .venv/bin/python -m pytest -n 2 --dist loadfile -m 'not slow and not soak' "$@"

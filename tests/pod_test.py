@@ -53,8 +53,13 @@ def losses(folder: Path) -> list[float]:
 
 
 @pytest.mark.slow
-def test_two_hosts_do_what_one_does(make: Any, tmp_path: Path) -> None:
+def test_two_hosts_do_what_one_does(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Both stages and evaluation; the model is cut over the devices of each host."""
+    # Compiled as users have it: answers of a model that has hardly learned turn on rounding.
+    monkeypatch.setattr(procs, "cpu_flags", "--xla_force_host_platform_device_count={}".format)
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
     mesh: dict[str, Any] = {"mesh__data": 2, "mesh__model": 4, "system": "hyper_lora"}
     found: dict[int, Any] = {}
     for hosts in (1, 2):
@@ -73,16 +78,7 @@ def test_two_hosts_do_what_one_does(make: Any, tmp_path: Path) -> None:
         assert [line["step"] for line in runs.lines(folder / "first")] == [2, 4]
     np.testing.assert_allclose(found[2][0], found[1][0], rtol=1e-5)
     np.testing.assert_allclose(found[2][1], found[1][1], rtol=1e-5)
-    # Two tokens may be as good as equally likely, and hosts add in another order than devices do:
-    # one row may answer otherwise, and a mean over them all differ by what one row counts.
-    reports, answers = zip(*(found[hosts][2:] for hosts in (1, 2)), strict=True)
-    one, other = ([json.loads(line) for line in text.splitlines()] for text in answers)
-    assert [row["id"] for row in one] == [row["id"] for row in other]
-    assert len(one) == 12
-    assert sum(x != y for x, y in zip(one, other, strict=True)) <= 1
-    means = [report["test"]["overall"] for report in reports]
-    assert means[0].keys() == means[1].keys()
-    np.testing.assert_allclose(*([*m.values()] for m in means), atol=100 / len(one))
+    assert found[2][2:] == found[1][2:]
 
 
 @pytest.mark.slow

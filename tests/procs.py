@@ -160,8 +160,8 @@ def free_port() -> int:
 def cpu_flags(devices: int) -> str:
     """XLA_FLAGS of a process of this many CPU devices whose programs run once or twice.
 
-    Most of a test's time goes into compiling. The code it makes is slower and the time for it a
-    quarter, by these flags and with JAX_DISABLE_MOST_OPTIMIZATIONS, which conftest sets.
+    Most of a test's time goes into compiling. With JAX_DISABLE_MOST_OPTIMIZATIONS, which conftest
+    sets, and all of these flags it is a quarter of that, and the code slower.
     """
     flags = [
         f"--xla_force_host_platform_device_count={devices}",

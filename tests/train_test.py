@@ -380,11 +380,13 @@ def test_a_bad_step_may_be_skipped(make: Any, tmp_path: Path) -> None:
     changed = {name for name in before if before[name] != after[name]}
     assert changed == {"step", "guard/bad_step", "guard/mean", "guard/seen", "guard/skipped"}
     # The steps before it are those of a run without a guard, up to how two programs round.
-    one, same = (
-        checkpoint.load_subtree(tmp_path / name / "checkpoints" / "2", "params")[0]
-        for name in ("skips", "plain")
-    )
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), one, same)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
+    for part in ("params", "opt_state"):
+        one, same = (
+            checkpoint.load_subtree(tmp_path / name / "checkpoints" / "2", part)[0]
+            for name in ("skips", "plain")
+        )
+        jax.tree.map(close, one, same)
 
 
 @pytest.mark.parametrize("parts", [1, 2])
