@@ -127,7 +127,7 @@ def _score(args: argparse.Namespace) -> None:
 def _report(args: argparse.Namespace) -> None:
     from hyper_t5 import report
 
-    print(report.write_report(args.workdir, args.out))
+    print(report.write_report(args.workdir, args.out, asked=args.robustness or ""))
 
 
 def _robustness(args: argparse.Namespace) -> None:
@@ -274,6 +274,10 @@ Flag = tuple[str, dict[str, Any]]  # a name and what argparse's add_argument tak
 
 def _path(name: str, help: str, **more: Any) -> Flag:
     return name, {"type": Path, "metavar": "DIR", "help": help, "required": True, **more}
+
+
+def _file(name: str, help: str, **more: Any) -> Flag:
+    return _path(name, help, metavar="FILE", **more)
 
 
 def _positive(text: str) -> int:
@@ -491,16 +495,16 @@ COMMANDS = {
         "hyper-t5 score --predictions runs/mtf/eval/1000/predictions.jsonl --out metrics.json",
         _score,
         [
-            _path("--predictions", "predictions.jsonl, or lines of id and prediction"),
-            _path(
+            _file("--predictions", "predictions.jsonl, or lines of id and prediction"),
+            _file(
                 "--references",
                 "Super-NaturalInstructions' file of references, for lines of id and prediction",
                 required=False,
             ),
-            _path(
+            _file(
                 "--gpt2_merges", "GPT-2's merges.txt, for the cross-lingual track", required=False
             ),
-            _path("--out", "a file for all the metrics, as JSON", required=False),
+            _file("--out", "a file for all the metrics, as JSON", required=False),
             _COMPARE,
         ],
     ),
@@ -514,6 +518,11 @@ COMMANDS = {
                 "a run's folder, or a metrics.json; may be repeated; the system concat, where it "
                 "is among them, is what the others are compared with",
                 action="append",
+            ),
+            _file(
+                "--robustness",
+                "a robustness.json, of `hyper-t5 robustness`, to show too",
+                required=False,
             ),
             _path("--out", "folder for report.html and its pictures"),
         ],
@@ -602,11 +611,10 @@ COMMANDS = {
         _adapt,
         [
             _WORKDIR,
-            _path(
+            _file(
                 "--task",
                 'the task: Super-NaturalInstructions JSON, or {"instruction": ..., '
                 '"examples": [{"input": ..., "output": ...}]}',
-                metavar="FILE",
             ),
             _path("--out", "the adapter folder to make"),
             (
@@ -645,17 +653,16 @@ COMMANDS = {
                 "instead: folder of a run that makes adapters, and keeps them in it",
                 required=False,
             ),
-            _path(
+            _file(
                 "--task",
                 "with it: a task file, or a folder of them; repeat it for several, which rows name "
                 'as "task"',
-                metavar="FILE",
                 required=False,
                 action="append",
                 default=[],
             ),
-            _path("--input", 'a jsonl file of rows with an "input" each', metavar="FILE"),
-            _path("--output", "the jsonl file to write", metavar="FILE"),
+            _file("--input", 'a jsonl file of rows with an "input" each'),
+            _file("--output", "the jsonl file to write"),
             _number("--batch", 32, "most rows that decode at a time"),
             _number("--max-decode-length", 128, "most tokens in an output"),
             _number("--beam-size", 1, "1 is greedy, or sampling"),

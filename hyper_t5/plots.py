@@ -232,19 +232,20 @@ def similarities(maps: Mapping[str, Any], groups: Sequence[str], path: str | Pat
 def robustness(runs: Mapping[str, Mapping[str, Any]], path: str | Path) -> str | Path:
     """Quality by number of examples, and what other changes of the text cost, with intervals.
 
-    ``runs``: name -> its askings, as in robustness.json.
+    ``runs``: name -> what was found of it, as in robustness.json.
     """
     pyplot = headless()
+    asked = {name: run["askings"] for name, run in runs.items()}
     changes = list(
         dict.fromkeys(
-            name for told in runs.values() for name, x in told.items() if x["changed"] != "nothing"
+            name for told in asked.values() for name, x in told.items() if x["changed"] != "nothing"
         )
     )
     figure, (left, right) = pyplot.subplots(
         1, 2, figsize=(12, 1.6 + 0.5 * max(len(changes), 4)), width_ratios=(2, 3)
     )
     palette = colors(list(runs))
-    for index, (name, told) in enumerate(runs.items()):
+    for index, (name, told) in enumerate(asked.items()):
         shots = sorted(
             (x["shots"], x["quality"])
             for x in told.values()
@@ -259,7 +260,7 @@ def robustness(runs: Mapping[str, Mapping[str, Any]], path: str | Path) -> str |
             low, high = x["interval"] or (x["difference"], x["difference"])
             right.plot([low, high], [at, at], "-", color=color, linewidth=1.5)
             right.plot([x["difference"]], [at], "o", color=color, markersize=5)
-    counts = sorted({x["shots"] for told in runs.values() for x in told.values()})
+    counts = sorted({x["shots"] for told in asked.values() for x in told.values()})
     left.set_xscale("symlog", linthresh=1, base=2)
     left.set_xticks(counts, [str(count) for count in counts])
     left.set_xlabel("examples asked for", fontsize=10)

@@ -1,9 +1,9 @@
 """One page of what was evaluated: quality, where it differs, what it costs, and the adapters.
 
 Made of files alone, of what `hyper-t5 evaluate` and `train` left in the workdirs: metrics.json,
-predictions.jsonl, adapters.json and metrics.jsonl. So it can be made again anywhere, and of runs
-that were evaluated at different times. `report.html` holds its pictures in it; they also lie beside
-it as PNG files.
+predictions.jsonl, adapters.json and metrics.jsonl, and of `hyper-t5 robustness` its file. So it can
+be made again anywhere, and of runs that were evaluated at different times. `report.html` holds its
+pictures in it; they also lie beside it as PNG files.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from hyper_t5 import files, metrics, plots, protocols
+from hyper_t5 import files, metrics, plots, protocols, robustness
 from hyper_t5.errors import UserError
 from hyper_t5.evaluate import read_report, report_file
 
@@ -81,21 +81,34 @@ class Run:
 
 
 def write_report(
-    workdirs: Sequence[str | Path], out: str | Path, title: str = "hyper_t5"
+    workdirs: Sequence[str | Path],
+    out: str | Path,
+    title: str = "hyper_t5",
+    asked: str | Path = "",
 ) -> epath.Path:
     """Writes OUT/report.html and its pictures of evaluated runs; returns the page's path.
+
+    ``asked``: a robustness.json, all of which is shown.
 
     Raises:
         UserError: a workdir was not evaluated, or its files are damaged.
     """
-    return write_page(_named([read_run(path) for path in workdirs], workdirs), out, title)
+    runs = _named([read_run(path) for path in workdirs], workdirs)
+    return write_page(runs, out, title, robustness.read(asked) if asked else {})
 
 
-def write_page(runs: Sequence[Run], out: str | Path, title: str = "hyper_t5") -> epath.Path:
-    """`write_report` of runs that were read; their names are taken as they are."""
+def write_page(
+    runs: Sequence[Run],
+    out: str | Path,
+    title: str = "hyper_t5",
+    asked: Mapping[str, Mapping[str, Any]] | None = None,
+) -> epath.Path:
+    """`write_report` of what was read; the names of runs are taken as they are."""
     place = files.as_path(out)
-    parts = [part for section in SECTIONS if (part := section(runs, place))]
-    page = PAGE.format(title=html.escape(title), body="\n".join(parts))
+    parts = [section(runs, place) for section in SECTIONS]
+    parts += [_reading(asked, place)] if asked else []
+    parts += [section(runs, place) for section in DETAILS]
+    page = PAGE.format(title=html.escape(title), body="\n".join(filter(None, parts)))
     files.write_text(place / "report.html", page)
     return place / "report.html"
 
@@ -292,6 +305,26 @@ def _group(stats: Mapping[str, Any], groups: Mapping[str, str], i: int) -> tuple
     return groups.get(task) or task, task
 
 
+def _reading(asked: Mapping[str, Mapping[str, Any]], place: epath.Path) -> str:
+    """Whether the runs of a robustness.json read their text; what it rests on is folded away."""
+    body = ""
+    for name, run in asked.items():
+        said = "".join(f"<li>{html.escape(verdict)}</li>" for verdict in run["verdicts"])
+        lines = []
+        for change, told in run["askings"].items():
+            line = {"change": change, "examples": told["shown"], "quality": told["quality"]}
+            if change != told["base"]:
+                line["difference"] = (told["difference"], told["interval"])
+                line |= {"same answers": told["same_answers"], "to": told["base"]}
+            lines.append(line)
+        summary = f"<summary>{len(lines)} ways to ask</summary>"
+        body += (
+            f"<h3>{html.escape(name)}</h3><ul>{said}</ul><details>{summary}{table(lines)}</details>"
+        )
+    picture = plots.robustness(asked, place / "robustness.png")
+    return section("Whether the text is read", body, picture)
+
+
 def _tasks(runs: Sequence[Run], place: epath.Path) -> str:
     made = ""
     for split in _splits(runs):
@@ -339,9 +372,8 @@ SECTIONS: tuple[Callable[[Sequence[Run], epath.Path], str], ...] = (
     _training,
     _cost,
     _adapters,
-    _tasks,
-    _samples,
 )
+DETAILS = (_tasks, _samples)  # folded away, behind all else
 
 
 # ------------------------------------------------------------------------------------------- HTML

@@ -82,7 +82,7 @@ def robustness(
     for run in runs:
         print(f"\n{run['workdir']}\n{table(run)}\n" + "\n".join(run["verdicts"]))
     files.write_json(place / "robustness.json", made)
-    picture = plots.robustness(_named(runs), place / "robustness.png")
+    picture = plots.robustness(named(runs), place / "robustness.png")
     print(f"\n{place / 'robustness.json'}\n{picture}")
     with files.as_os_error():
         answers.rmtree()
@@ -260,10 +260,25 @@ def table(run: dict[str, Any]) -> str:
     return evaluate.aligned(lines)
 
 
-def _named(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Askings by a name that tells runs apart: the system, or the folder where it is not alone."""
+def named(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Runs by a name that tells them apart: the system, or the folder where it is not alone."""
     systems = [run["system"] for run in runs]
     return {
-        run["system"] if systems.count(run["system"]) == 1 else run["workdir"]: run["askings"]
-        for run in runs
+        run["system"] if systems.count(run["system"]) == 1 else run["workdir"]: run for run in runs
     }
+
+
+def read(file: str | Path) -> dict[str, dict[str, Any]]:
+    """The runs of a robustness.json, `named`.
+
+    Raises:
+        UserError: the file is not one.
+    """
+    made = files.read_json(file)
+    try:
+        for run in made["runs"]:
+            table(run)
+            verdicts(run["askings"])
+        return named(made["runs"])
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise UserError(f"{file}: not what `hyper-t5 robustness` wrote") from None

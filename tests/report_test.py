@@ -20,6 +20,7 @@ CATEGORIES = {
     "task_b": "Title_Generation",
     "task_c": "<Other & more>",
 }
+ROOT = Path(__file__).resolve().parent.parent
 ADAPTERS = tiny.random_adapters(tiny.LORA, len(CATEGORIES))
 
 
@@ -174,6 +175,22 @@ def test_runs_of_one_system_are_told_apart(runs: list[Path], tmp_path: Path) -> 
     assert names == ["hyper_lora (hyper)", "hyper_lora (again)"]
 
 
+def test_whether_the_text_is_read(runs: list[Path], tmp_path: Path) -> None:
+    """Of the committed runs one ignores its text."""
+    asked, out = ROOT / "docs" / "robustness.json", tmp_path / "out"
+    words = ["report", "--workdir", str(runs[0]), "--robustness", str(asked), "--out", str(out)]
+    assert cli.main(words) == 0
+    page = Page(text := (out / "report.html").read_text())
+    assert text.count("<li>IGNORES its ") == 3
+    told = json.loads(asked.read_text())["runs"]
+    assert len(re.findall("<li>reads its conditioning ", text)) == len(told) - 1
+    columns, *lines = page.tables["hyper_lora"]
+    assert columns == ["change", "examples", "quality", "difference", "same answers", "to"]
+    assert lines[0] == ["unchanged", "0.0", "91.9", "-", "-", "-"]
+    assert len(lines) == len(told[0]["askings"])
+    assert "robustness" in page.images
+
+
 def test_mistakes(runs: list[Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no eval/\*/metrics.json in it; run `hyper-t5 evaluate"):
         report.write_report([tmp_path], tmp_path / "out")
@@ -182,4 +199,7 @@ def test_mistakes(runs: list[Path], tmp_path: Path) -> None:
         stream.write("{{{")
     with pytest.raises(UserError, match=r"predictions.jsonl, line 1: not JSON; evaluate again"):
         report.write_report([runs[0], broken], tmp_path / "out")
+    (other := tmp_path / "other.json").write_text('{"runs": [{"askings": {"unchanged": 1}}]}')
+    with pytest.raises(UserError, match=r"other.json: not what `hyper-t5 robustness` wrote"):
+        report.write_report([runs[0]], tmp_path / "out", asked=other)
     assert not (tmp_path / "out").exists()
