@@ -4,7 +4,8 @@
 --out runs/study --gin.data.sni_dir=...`` trains each system for the config's steps from the same
 backbone, judges it on the held-out tasks of each mixture, and writes study.json, study.png, and for
 each mixture a table and a report page (of the first seed). `start` is that backbone as it is with
-the text in front of every input; `concat` the same after as many steps as all the others had. What
+the text in front of every input; `concat` the same after as many steps as all the others had;
+`hyper_lora+text` is hyper_lora, hyperpretrained on running text before, in --text_steps steps. What
 is there already is not made again, so that it goes on after a stop.
 """
 
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from hyper_t5 import (
     checkpoint,
@@ -32,14 +34,16 @@ from hyper_t5 import (
 )
 from hyper_t5 import config as config_lib
 from hyper_t5.errors import exit_code
-from hyper_t5.hypermodels import SYSTEMS
+from hyper_t5.hypermodels import HYPERMODEL, SYSTEMS
 from hyper_t5.overrides import Override, choose, read_overrides
 from hyper_t5.quickstart import CONCAT
 
 GIN = "--gin."
 START = "start"
+TEXT = "+text"
 # Those with adapters for each task are trained on rows of the judged ones: another question.
 DEFAULT = [START, *(name for name in SYSTEMS if not name.startswith("task_"))]
+HYPERPRETRAINED = [n + TEXT for n in DEFAULT if n != START and HYPERMODEL in SYSTEMS[n].trains]
 
 
 def main(
@@ -50,6 +54,7 @@ def main(
     seeds: Sequence[int] = (0,),
     arms: Sequence[str] = (),
     overrides: Sequence[Override] = (),
+    text_steps: int = 0,
 ) -> dict[str, Any]:
     """Make what is not there; returns and writes (OUT/study.json) the quality of every arm.
 
@@ -59,22 +64,24 @@ def main(
         backbone: the folder or run that all start from, and most keep frozen.
         judge: mixtures whose held-out tasks are asked.
         seeds: of the runs; `start` and what is not trained have one.
-        arms: names of systems, or `start`; none is DEFAULT.
-        overrides: of the config.
+        arms: names of systems, or `start`, or one of HYPERPRETRAINED; none is DEFAULT.
+        overrides: of the config, in both stages.
+        text_steps: of the hyperpretraining; 0 is what the config says.
 
     Raises:
         UserError: a name or field that is not known, no backbone.
     """
     out = Path(out)
     for arm in arms:
-        choose("--systems", arm, [START, *SYSTEMS])
+        choose("--systems", arm, [START, *SYSTEMS, *HYPERPRETRAINED])
     given = [Override("backbone.path", repr(str(backbone)), "--backbone"), *overrides]
     made: dict[str, dict[str, list[report.Run]]] = {mixture: {} for mixture in judge}
     for seed in seeds:
         for arm in arms or DEFAULT:
             if _trains(arm) or seed == seeds[0]:
                 place = out / f"seed{seed}" / arm
-                _run(place, arm, file, [*given, Override("seed", str(seed), "--seeds")])
+                mine = [*given, Override("seed", str(seed), "--seeds")]
+                _run(place, arm, file, mine, text_steps)
                 for mixture in judge:
                     run = report.read_run(_judged(place, mixture, overrides))
                     made[mixture].setdefault(arm, []).append(dataclasses.replace(run, name=arm))
@@ -92,19 +99,38 @@ def main(
 # ---------------------------------------------------------------------------------------- one run
 
 
+def _system(arm: str) -> str:
+    return CONCAT if arm == START else arm.removesuffix(TEXT)
+
+
 def _trains(arm: str) -> bool:
-    return arm != START and bool(SYSTEMS[arm].trains)
+    return arm != START and bool(SYSTEMS[_system(arm)].trains)
 
 
-def _run(place: Path, arm: str, file: str, overrides: Sequence[Override]) -> None:
-    """Make the workdir of an arm, trained to its end."""
-    system = CONCAT if arm == START else arm
-    config = config_lib.load(f"{file}:system={system}", overrides)
+def _run(place: Path, arm: str, file: str, overrides: list[Override], text_steps: int) -> None:
+    """Make the workdir of an arm, trained to its end; before it that of its first stage."""
+    argument = f"{file}:system={_system(arm)}"
+    if arm.endswith(TEXT):
+        first = place.with_name(f"{_system(arm)}_hyperpretrain")
+        steps = [Override("train.steps", str(text_steps), "--text_steps")] if text_steps else []
+        _train(first, arm, f"{argument},stage=hyperpretrain", [*overrides, *steps])
+        overrides = [*overrides, Override("hypermodel.path", repr(str(first)), "--systems")]
+    if _trains(arm):
+        _train(place, arm, argument, overrides)
+    else:
+        workdir.check_resume(place, _config(argument, overrides))
+
+
+def _config(argument: str, overrides: list[Override]) -> ConfigDict:
+    config = config_lib.load(argument, overrides)
     config_lib.validate(config)
-    if not _trains(arm):
-        workdir.check_resume(place, config)
-    elif (checkpoint.latest_step(place) or 0) < config.train.steps:
-        print(f"\n== {arm}, seed {config.seed}", flush=True)
+    return config
+
+
+def _train(place: Path, arm: str, argument: str, overrides: list[Override]) -> None:
+    config = _config(argument, overrides)
+    if (checkpoint.latest_step(place) or 0) < config.train.steps:
+        print(f"\n== {arm}, seed {config.seed}, {config.stage}", flush=True)
         quickstart.train_config(config, place)
 
 
@@ -204,12 +230,13 @@ def command(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--judge", nargs="+", default=["sni"], metavar="MIXTURE")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="SEED")
     parser.add_argument("--systems", nargs="+", default=[], metavar="NAME")
+    parser.add_argument("--text_steps", type=int, default=0, metavar="N")
     words = list(sys.argv[1:] if argv is None else argv)
     gin = [word.removeprefix(GIN) for word in words if word.startswith(GIN)]
     args = parser.parse_args([word for word in words if not word.startswith(GIN)])
     overrides = read_overrides(gin)
     where = (args.out, args.config, args.backbone)
-    main(*where, args.judge, args.seeds, args.systems, overrides)
+    main(*where, args.judge, args.seeds, args.systems, overrides, args.text_steps)
 
 
 if __name__ == "__main__":

@@ -59,6 +59,8 @@ def test_its_plot_needs_the_one_that_all_are_compared_with(tmp_path: Path) -> No
 def test_arms() -> None:
     assert set(study.DEFAULT) - {"start"} == {n for n in SYSTEMS if not n.startswith("task_")}
     assert [arm for arm in study.DEFAULT if not study._trains(arm)] == ["start", "cached", "none"]
+    assert {"hyper_lora+text", "hint+text"} <= set(study.HYPERPRETRAINED)
+    assert not {"concat+text", "none+text", "task_lora+text"} & set(study.HYPERPRETRAINED)
 
 
 @pytest.mark.slow
@@ -89,6 +91,24 @@ def test_all_of_it_in_two_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(evaluate, "evaluate_workdir", None)
     assert study.command(argv) == 0
     assert json.loads((out / "study.json").read_text()) == made
+
+
+@pytest.mark.slow
+def test_one_that_reads_text_before(tmp_path: Path) -> None:
+    (file := tmp_path / "config.py").write_text(runs.QUICKSTART)
+    out, backbone = tmp_path / "out", quickstart.shipped_backbone()
+    argv = [f"--out={out}", f"--config={file}", f"--backbone={backbone}", "--judge", "synthetic"]
+    argv += ["--systems", "hyper_prefix+text", "--text_steps", "1", "--gin.eval.batch=1"]
+    assert study.command(argv) == 0
+    made = json.loads((out / "study.json").read_text())
+    assert list(made["quality"]["synthetic"]) == ["hyper_prefix+text"]
+    first, second = (
+        json.loads((out / "seed0" / name / "config.json").read_text())
+        for name in ("hyper_prefix_hyperpretrain", "hyper_prefix+text")
+    )
+    assert (first["stage"], first["train"]["steps"]) == ("hyperpretrain", 1)
+    assert (second["stage"], second["train"]["steps"]) == ("mtf", 2)
+    assert second["hypermodel"]["path"] == str(out / "seed0" / "hyper_prefix_hyperpretrain")
 
 
 def test_a_mistake_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
