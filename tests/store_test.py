@@ -508,12 +508,13 @@ def run(command: list[str], repo_root: Path, **environment: str) -> str:
     return done.stdout
 
 
+MODULE = [sys.executable, "-m", "hyper_t5.build"]
 TFDS = [str(Path(sys.executable).with_name("tfds")), "build", "hyper_t5/build.py"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "command", [[sys.executable, "-m", "hyper_t5.build"], TFDS], ids=["m", "tfds"]
+    "command", [pytest.param(MODULE, marks=pytest.mark.soak, id="m"), pytest.param(TFDS, id="tfds")]
 )
 def test_tfds_build(
     command: list[str], sni_dir: Path, text_file: Path, tmp_path: Path, repo_root: Path

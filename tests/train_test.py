@@ -294,7 +294,13 @@ def test_a_truncated_checkpoint_falls_back(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fields", DROPOUT.values(), ids=DROPOUT)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        pytest.param(fields, id=name, marks=[pytest.mark.soak] if name == "adafactor" else [])
+        for name, fields in DROPOUT.items()
+    ],
+)
 def test_kill_9_in_mid_save_and_resume(make: Any, tmp_path: Path, fields: dict[str, Any]) -> None:
     config = make(
         train__steps=60, train__save_every=5, train__keep=3, model__dropout_rate=0.3, **fields
