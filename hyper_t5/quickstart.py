@@ -93,11 +93,11 @@ def main(
     )
     costs = plots.quality_by_cost(_points(arms), out / "costs.png")
     folders = [out / f"seed{seeds[0]}" / system for system in chosen]
-    page = report.write_report(folders, out / "report")
+    report.write_report(folders, out / "report")
     shown = _use(out, out / f"seed{seeds[0]}", backbone, chosen)
     print(f"\n{summary(results)}\n")
     print(f"plot: {plot}\nplot of costs: {costs}\nnumbers: {out / 'results.json'}")
-    print(f"report of the first seed: {page}")
+    print(f"report of the first seed: {out / 'report' / 'report.html'}")
     for what, path in shown.items():
         print(f"{what}: {path}")
     return results
