@@ -152,7 +152,8 @@ def _scores(runs: Mapping[str, Sequence[report.Run]]) -> dict[str, Any]:
     """{arm: {split: {metric, mean, deviation, seeds: [...]}}}, means over tasks.
 
     Where `concat` is there, the others have a ``difference`` to it, and its paired ``interval``
-    over tasks (in P3: datasets), each the mean of its seeds.
+    over tasks (in P3: datasets), each the mean of its seeds. What was hyperpretrained has the same
+    two, named ``gain`` and ``gain_interval``, to what was not.
     """
     made: dict[str, Any] = {}
     for arm, found in runs.items():
@@ -165,10 +166,14 @@ def _scores(runs: Mapping[str, Sequence[report.Run]]) -> dict[str, Any]:
                 "deviation": float(np.std(values)),
                 "seeds": values,
             }
-            if arm != CONCAT and CONCAT in runs:
-                pair = (_over_seeds(r, split) for r in (found, runs[CONCAT]))
-                _, points, ends = intervals.difference(*pair)
-                made[arm][split] |= {"difference": points, "interval": ends}
+            for other, names in (
+                (CONCAT, ("difference", "interval")),
+                (arm.removesuffix(TEXT), ("gain", "gain_interval")),
+            ):
+                if other != arm and other in runs:
+                    pair = (_over_seeds(r, split) for r in (found, runs[other]))
+                    _, points, ends = intervals.difference(*pair)
+                    made[arm][split] |= dict(zip(names, (points, ends), strict=True))
     return made
 
 
@@ -198,7 +203,7 @@ def _plot(results: Mapping[str, Any], path: Path) -> Any:
 def table(scores: Mapping[str, Any]) -> str:
     """A line an arm: the mean over seeds of each split's metric, and the standard deviation.
 
-    Behind it the difference to `concat`, and its 95 % interval.
+    Behind it the difference to `concat`, and its 95 % interval; below what hyperpretraining gained.
     """
     splits: Mapping[str, Any] = next(iter(scores.values()))
     lines = [[""]]
@@ -208,16 +213,20 @@ def table(scores: Mapping[str, Any]) -> str:
         cells = [arm]
         for told in found.values():
             spread = f" ±{told['deviation']:.1f}" if len(told["seeds"]) > 1 else ""
-            cells += [f"{told[MEAN]:.1f}{spread}", _told_difference(told)]
+            difference = _told(told["difference"], told["interval"]) if "difference" in told else ""
+            cells += [f"{told[MEAN]:.1f}{spread}", difference]
         lines.append(cells)
-    return evaluate.aligned(lines, right=True)
+    gains = [
+        f"{arm}, {split}: {_told(told['gain'], told['gain_interval'])} to {arm.removesuffix(TEXT)}"
+        for arm, found in scores.items()
+        for split, told in found.items()
+        if "gain" in told
+    ]
+    return "\n".join([evaluate.aligned(lines, right=True), *gains])
 
 
-def _told_difference(told: Mapping[str, Any]) -> str:
-    if "difference" not in told:
-        return ""
-    ends = told["interval"]
-    return f"{told['difference']:+.1f}" + (f" [{ends[0]:+.1f}, {ends[1]:+.1f}]" if ends else "")
+def _told(difference: float, ends: Sequence[float] | None) -> str:
+    return f"{difference:+.1f}" + (f" [{ends[0]:+.1f}, {ends[1]:+.1f}]" if ends else "")
 
 
 @exit_code("study")

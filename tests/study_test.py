@@ -27,6 +27,7 @@ def test_means_over_tasks_then_seeds() -> None:
         "hint": [_run("hint", {"a": 10.0, "b": 20.0}), _run("hint", {"a": 20.0, "b": 30.0})],
         "none": [_run("none", {"a": 0.0, "b": 5.0})],
         "concat": [_run("concat", {"a": 12.0, "b": 4.0}), _run("concat", {"a": 12.0, "b": 8.0})],
+        "hint+text": [_run("hint", {"a": 16.0, "b": 27.0})],
     }
     scores = study._scores(made)
     assert scores["hint"]["seen"] == {
@@ -44,7 +45,11 @@ def test_means_over_tasks_then_seeds() -> None:
         ["hint", "20.0", "±5.0", "+11.0", "[+3.0,", "+19.0]"],
         ["none", "2.5", "-6.5", "[-12.0,", "-1.0]"],
         ["concat", "9.0", "±1.0"],
+        ["hint+text", "21.5", "+12.5", "[+4.0,", "+21.0]"],
+        # to a 15, b 25 of the one without
+        ["hint+text,", "seen:", "+1.5", "[+1.0,", "+2.0]", "to", "hint"],
     ]
+    assert (scores["hint+text"]["seen"]["gain"], "gain" in scores["hint"]["seen"]) == (1.5, False)
 
 
 def test_its_plot_needs_the_one_that_all_are_compared_with(tmp_path: Path) -> None:
