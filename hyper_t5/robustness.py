@@ -277,8 +277,7 @@ def read(file: str | Path) -> dict[str, dict[str, Any]]:
     made = files.read_json(file)
     try:
         for run in made["runs"]:
-            table(run)
-            verdicts(run["askings"])
+            "".join([table(run), *run["verdicts"]])
         return named(made["runs"])
     except (AttributeError, KeyError, TypeError, ValueError):
         raise UserError(f"{file}: not what `hyper-t5 robustness` wrote") from None

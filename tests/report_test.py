@@ -199,7 +199,10 @@ def test_mistakes(runs: list[Path], tmp_path: Path) -> None:
         stream.write("{{{")
     with pytest.raises(UserError, match=r"predictions.jsonl, line 1: not JSON; evaluate again"):
         report.write_report([runs[0], broken], tmp_path / "out")
-    (other := tmp_path / "other.json").write_text('{"runs": [{"askings": {"unchanged": 1}}]}')
-    with pytest.raises(UserError, match=r"other.json: not what `hyper-t5 robustness` wrote"):
-        report.write_report([runs[0]], tmp_path / "out", asked=other)
+    silent = json.loads((ROOT / "docs" / "robustness.json").read_text())
+    del silent["runs"][1]["verdicts"]
+    for content in (silent, {"runs": [{"askings": {"unchanged": 1}}]}):
+        (other := tmp_path / "other.json").write_text(json.dumps(content))
+        with pytest.raises(UserError, match=r"other.json: not what `hyper-t5 robustness` wrote"):
+            report.write_report([runs[0]], tmp_path / "out", asked=other)
     assert not (tmp_path / "out").exists()
