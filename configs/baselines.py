@@ -1,4 +1,4 @@
-"""The baselines that every hypermodel is judged by, on the data of configs/mtf.py.
+"""Baselines of the hypermodels, on the data of configs/mtf.py.
 
     hyper-t5 train --workdir runs/tk --config configs/baselines.py:system=concat,size=large \
         --gin.backbone.path=t5_1_1_lm100k_large --gin.data.vocab=spiece.model \
@@ -10,8 +10,8 @@ Published ROUGE-L on the 119 test tasks, definition and two examples: Tk-Instruc
     system   concat: multi-task fine-tuning with the text in front of the input (Tk-Instruct, T0,
                  MetaICL); none: the backbone as it is (evaluate --config, nothing to train)
              shared_lora | shared_prefix | shared_bottleneck: one learned adapter for all tasks
-             task_lora | task_prefix | task_bottleneck: an adapter for each judged task, by gradient
-                 on its rows that are not judged
+             task_lora | task_prefix | task_bottleneck: an adapter for each evaluation task, trained
+                 on its rows that are not evaluated
     size     small | base | large | xl | xxl
     mixture  sni | p3 | metaicl | synthetic; concat reads Tk-Instruct's text, T0's prompts alone,
              MetaICL's 16 examples
@@ -23,23 +23,24 @@ from ml_collections import ConfigDict
 
 from hyper_t5 import config as config_lib
 from hyper_t5.configs import mtf
-from hyper_t5.overrides import choose
+from hyper_t5.hypermodels import SYSTEMS
+from hyper_t5.utils.overrides import choose
 
-LEARNED = ("lora", "prefix", "bottleneck")
-SYSTEMS = ("concat", "none", *(f"{w}_{kind}" for w in ("shared", "task") for kind in LEARNED))
+BASELINES = [name for name, system in SYSTEMS.items() if system.kind != "generated"]
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The config of one run; ``arg`` as in the module's docstring."""
+    """Return the config of one run; ``arg`` is explained in the docstring of the module."""
     args = config_lib.parse_args(arg, system="concat", size="large", mixture="sni")
-    choose("system", args.system, SYSTEMS)
+    choose("system", args.system, BASELINES)
+    kind = SYSTEMS[args.system].kind
     config = mtf.get_config(f"system={args.system},size={args.size},mixture={args.mixture}")
     config.adapter.prefix_sites = ("enc_self", "dec_self", "dec_cross")
     if args.system == "concat":  # Tk-Instruct: 2 epochs of 75,417 rows, 16 at a time
         config.data.input_length, config.data.concat_length = 1024, 1024
         config.data.target_length = 128
         if args.mixture == "sni":
-            config.data.encoding = "tk_instruct"
+            config.data.template = "tk_instruct"
         elif args.mixture == "p3":  # the prompts say the task themselves
             config.data.variant, config.data.use_instruction = "", False
             config.data.shots, config.eval.shots = (0, 0), 0
@@ -51,11 +52,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.optimizer.learning_rate = 5e-5
         config.optimizer.schedule = "constant"
         config.optimizer.warmup_steps = 0
-    elif args.system != "none":
-        config.optimizer.learning_rate = 1e-3  # ours: what is learned starts at nothing
-    if args.system.startswith("task_"):
+    elif kind != "none":
+        config.optimizer.learning_rate = 1e-3  # ours: learned adapters start without effect
+    if kind == "per_task":
         config.stage = "peft"
-        config.adapter.task_slots = 128  # 119 are judged
+        config.adapter.task_slots = 128  # 119 are evaluated
         config.data.tasks_per_batch, config.data.examples_per_task = 32, 4
         config.train.steps = 1_000
     return config

@@ -1,14 +1,14 @@
-"""FiD-ICL (Ye et al. 2023): shown examples encoded one by one, fused in the decoder.
+"""FiD-ICL (Ye et al. 2023): examples encoded one by one and fused in the decoder.
 
-All of the backbone is trained, and nothing is generated:
+The whole backbone is trained, and no adapters are generated:
 
     hyper-t5 train --workdir runs/fid_icl --config configs/fid_icl.py:size=large \
         --gin.backbone.path=t5_1_1_lm100k_large --gin.data.vocab=spiece.model \
         --gin.data.sni_dir=natural-instructions
 
 Published on P3, mean over HyperTuning's 8 held-out tasks: base 46.9, large 55.8, xl 60.6.
-Arguments: size, mixture, as of configs/mtf.py. Numbers are those of INK-USC/FiD-ICL where not said
-otherwise.
+Arguments: size and mixture, as in configs/mtf.py. The hyperparameters are those of INK-USC/FiD-ICL
+unless a comment says otherwise.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from hyper_t5.configs import mtf
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The config of one run; ``arg`` as in the module's docstring."""
+    """Return the config of one run; ``arg`` is explained in the docstring of the module."""
     args = config_lib.parse_args(arg, size="large", mixture="sni")
     config = mtf.get_config(f"system=fid_icl,size={args.size},mixture={args.mixture}")
     config.data.variant = ""  # the instruction and 16 drawn examples

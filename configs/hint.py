@@ -1,7 +1,7 @@
 """HINT (Ivison et al. 2023, arXiv 2212.10315): both stages, as its code configures them.
 
-The backbone, T5 1.1 adapted to language modelling for 100,000 steps, is trained along with what
-makes its adapters, so each stage leaves a backbone, and the next one starts from both:
+The backbone, T5 1.1 adapted to language modelling for 100,000 steps, is trained together with the
+hypermodel, so the second stage starts from the backbone and the hypermodel of the first:
 
     hyper-t5 train --workdir runs/hint_pretrain \
         --config configs/hint.py:size=xl,stage=hyperpretrain \
@@ -15,12 +15,12 @@ makes its adapters, so each stage leaves a backbone, and the next one starts fro
 Published ROUGE-L on the 119 test tasks of Super-NaturalInstructions, definition (and two examples):
 base 33.3 (41.8), xl 47.2 (53.2), xxl 51.1 (56.4). Arguments:
     size     base | large | xl | xxl, as published; small
-    stage    hyperpretrain: text cut in three, what the hypermodel reads, the input, the target
+    stage    hyperpretrain: text cut in three: conditioning, input, target
              mtf: many tasks
     mixture  sni | p3 | synthetic
-What is shown of a task is --gin.data.variant: def or def_pos_2; for P3 def, by masked prompts that
---gin.data.p3_prompts gives. Numbers are those of allenai/hyper-task-descriptions, its gin files and
-scripts.
+The conditioning is --gin.data.variant: def or def_pos_2; for P3 def, the masked prompts of
+--gin.data.p3_prompts. The hyperparameters are those of the gin files and scripts of
+allenai/hyper-task-descriptions.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ml_collections import ConfigDict
 
 from hyper_t5 import config as config_lib
 from hyper_t5.adapters import ATTENTION_SITES
-from hyper_t5.overrides import choose
+from hyper_t5.utils.overrides import choose
 
 SIZES = {  # bottleneck, prefix
     "small": (8, 7),
@@ -41,7 +41,7 @@ SIZES = {  # bottleneck, prefix
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The config of one run; ``arg`` as in the module's docstring."""
+    """Return the config of one run; ``arg`` is explained in the docstring of the module."""
     args = config_lib.parse_args(arg, size="xl", stage="mtf", mixture="sni")
     choose("size", args.size, SIZES)
     pretrain = args.stage == "hyperpretrain"

@@ -3,7 +3,7 @@
 The frozen T5 1.1 (adapted to language modelling) with learned adapters in the encoder and adapters
 generated for each input in the decoder:
 
-    python -m hyper_t5.tasks.glue --metaicl metaicl --p3 p3 --out glue      # or GLUE's own files
+    python -m hyper_t5.tools.convert_glue --metaicl metaicl --p3 p3 --out glue   # or GLUE's files
     hyper-t5 train --workdir runs/glue --config configs/hyperdecoder.py:mixture=glue \
         --gin.backbone.path=t5_1_1_lm100k_large --gin.data.vocab=spiece.model \
         --gin.data.glue_dir=glue
@@ -13,8 +13,8 @@ Published on GLUE, large: CoLA 58.7, SST-2 95.9, STS-B 91.8/92.0, MRPC 89.2/92.0
 MNLI 90.0, QNLI 94.2, RTE 80.8, average 86.5; learned adapters in both stacks 86.2. Arguments:
     mixture  glue | extractive_qa
     size     small | base | large | ...; default: as published, large for glue, base for the other
-Which adapters are generated is --gin.hyperdecoder.encoder and .decoder: learned | generated |
-per_task | none. Numbers are those of the configs of allenai/hyperdecoders.
+The adapters of each stack are --gin.hyperdecoder.encoder and .decoder: learned | generated |
+per_task | none. The hyperparameters are those of the configs of allenai/hyperdecoders.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from __future__ import annotations
 from ml_collections import ConfigDict
 
 from hyper_t5 import config as config_lib
-from hyper_t5.overrides import choose
+from hyper_t5.utils.overrides import choose
 
 PUBLISHED = {  # size; encoder and decoder adapters; generator; rows; input and target; steps
     "glue": ("large", (64, 64), 128, 128, (128, 128), 65_536),
@@ -32,7 +32,7 @@ PUBLISHED = {  # size; encoder and decoder adapters; generator; rows; input and 
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The config of one run; ``arg`` as in the module's docstring."""
+    """Return the config of one run; ``arg`` is explained in the docstring of the module."""
     args = config_lib.parse_args(arg, mixture="glue", size="")
     choose("mixture", args.mixture, PUBLISHED)
     size, adapters, generator, rows, lengths, steps = PUBLISHED[args.mixture]

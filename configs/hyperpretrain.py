@@ -1,7 +1,7 @@
-"""Stage 1, hyperpretraining by CACLM: a hypermodel learns on raw text, before it sees any task.
+"""Stage 1, hyperpretraining on raw text by CACLM (Phang et al. 2022, HyperTuning).
 
-A chunk of text is cut in four, A|B|C|D: the hypermodel reads A and D, the frozen backbone reads B
-and predicts C with the adapters it is given. HyperT5-Prefix, as large as its backbone:
+A chunk of text is cut in four, A|B|C|D: the hypermodel reads A and D, and the frozen backbone reads
+B and predicts C with the hypermodel's adapters. HyperT5-Prefix, as large as its backbone:
 
     hyper-t5 train --workdir runs/hyperpretrain \
         --config configs/hyperpretrain.py:system=hyper_prefix,size=large \
@@ -10,13 +10,13 @@ and predicts C with the adapters it is given. HyperT5-Prefix, as large as its ba
 
 Then configs/mtf.py, with --gin.hypermodel.path=runs/hyperpretrain. Arguments:
     system   hyper_prefix | hyper_lora
-    size     small | base | large | xl | xxl: of the backbone, and so of the hypermodel
-    mixture  sni | synthetic: the tasks of the stage after; with synthetic the text is the
-             embedded suite's own, and --gin.data.text and --gin.data.vocab are not needed
+    size     small | base | large | xl | xxl, of backbone and hypermodel
+    mixture  sni | synthetic: the tasks of the next stage; with synthetic the text is the embedded
+             suite's own, and --gin.data.text and --gin.data.vocab are not needed
 
-The HyperTuning paper (arXiv 2211.12485) could not be read in full and has no code. The numbers
-below are those of the nearest systems that say theirs:
-    [HyperLoRA]  its Table 5, the stage on raw text
+HyperTuning (arXiv 2211.12485) published no code and few hyperparameters. The values below are those
+of the nearest systems with published ones:
+    [HyperLoRA]  Table 5, the stage on raw text
     [HINT]       the HINT authors' code, which has HyperTuning's objective
 """
 
@@ -28,7 +28,7 @@ from hyper_t5 import config as config_lib
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The config of one run; ``arg`` as in the module's docstring."""
+    """Return the config of one run; ``arg`` is explained in the docstring of the module."""
     args = config_lib.parse_args(arg, system="hyper_prefix", size="large", mixture="sni")
     config = config_lib.defaults()
     config.stage = "hyperpretrain"

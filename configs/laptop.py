@@ -1,21 +1,19 @@
-"""Real text and real tasks on two CPU cores: a 14 M backbone from scratch, minutes a stage.
+"""Real text and real tasks on two CPU cores: a 14 M backbone from scratch, minutes per stage.
 
-No result to cite: it shows that the path works on real input, and what so little training buys.
-With DATA = the folders of Super-NaturalInstructions, of text, and of T5's vocabulary:
+There is no published result; docs/results.md has measured times and numbers. DATA is a folder with
+Super-NaturalInstructions, text, and T5's vocabulary:
 
     flags="--gin.data.vocab=DATA/spiece.model --gin.data.sni_dir=DATA/sni \
         --gin.data.text=DATA/text/train.jsonl.xz"
     hyper-t5 train --config configs/laptop.py:system=concat,stage=hyperpretrain \
-        --workdir run/lm $flags                                             # the backbone
-    hyper-t5 train --config configs/laptop.py:system=concat --workdir run/concat \
-        --gin.backbone.path=run/lm $flags                                   # fine-tuned on tasks
-    hyper-t5 train --config configs/laptop.py:stage=hyperpretrain --workdir run/hyperpretrain \
-        --gin.backbone.path=run/concat $flags
-    hyper-t5 train --config configs/laptop.py --workdir run/prefix \
-        --gin.backbone.path=run/concat --gin.hypermodel.path=run/hyperpretrain $flags
-    hyper-t5 evaluate --workdir run/prefix
-
-docs/results.md has times and numbers.
+        --workdir runs/lm $flags                                             # the backbone
+    hyper-t5 train --config configs/laptop.py:system=concat --workdir runs/concat \
+        --gin.backbone.path=runs/lm $flags                                   # fine-tuned on tasks
+    hyper-t5 train --config configs/laptop.py:stage=hyperpretrain --workdir runs/hyperpretrain \
+        --gin.backbone.path=runs/concat $flags
+    hyper-t5 train --config configs/laptop.py --workdir runs/prefix \
+        --gin.backbone.path=runs/concat --gin.hypermodel.path=runs/hyperpretrain $flags
+    hyper-t5 evaluate --workdir runs/prefix
 """
 
 from ml_collections import ConfigDict
@@ -23,11 +21,19 @@ from ml_collections import ConfigDict
 from hyper_t5.adapters import ATTENTION_SITES, MLP_SITES, targets_of
 from hyper_t5.config import defaults, parse_args, t5_config, use_preset
 from hyper_t5.hypermodels import SYSTEMS
-from hyper_t5.overrides import choose
+from hyper_t5.utils.overrides import choose
+
+LEARNING_RATES = {
+    "shared_lora": 1e-3,  # at 1e-2 the loss rises
+    "task_lora": 1e-3,
+    "hyper_lora": 1e-4,  # at 3e-4 and above the loss rises
+    "hyper_lora_plus": 1e-4,
+    "text_to_lora": 1e-4,
+}
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The config of one run; see above for the arguments."""
+    """Return the config of one run; the arguments are explained above."""
     args = parse_args(arg, system="hyper_prefix", stage="mtf", size="mini")
     choose("system", args.system, SYSTEMS)
     config = defaults()
@@ -46,23 +52,17 @@ def get_config(arg: str | None = None) -> ConfigDict:
         data.tasks_per_batch, data.segment_shares = 16, (0.28, 0.28)
         train.steps = 100
     optimizer.schedule, optimizer.warmup_steps, optimizer.learning_rate = "linear", 20, 5e-4
-    if args.system == "concat":
-        optimizer.name = "adafactor"
-        optimizer.learning_rate = 1e-2 if args.stage == "hyperpretrain" else 1e-3
-        train.steps = 500 if args.stage == "hyperpretrain" else 200
-    elif args.system in ("shared_lora", "task_lora"):
-        optimizer.learning_rate = 1e-3  # at 1e-2 its loss rises
-    elif args.system.startswith(("shared_", "task_")):
+    system = SYSTEMS[args.system]
+    if system.small.is_backbone:  # the backbone itself
+        pretrain = args.stage == "hyperpretrain"
+        optimizer.learning_rate, train.steps = (1e-2, 500) if pretrain else (1e-3, 200)
+    elif system.kind in ("shared", "per_task"):
         optimizer.learning_rate = 1e-2
-    elif args.system in ("hyper_lora", "hyper_lora_plus", "text_to_lora"):
-        optimizer.learning_rate = 1e-4  # at 3e-4 and above its loss rises
-    if args.system.startswith("task_"):
-        config.stage, config.adapter.task_slots = "peft", 128
-    if args.system == "hint":
-        config.adapter.prefix_sites, config.adapter.position_bias = ATTENTION_SITES, "zero"
+    optimizer.learning_rate = LEARNING_RATES.get(args.system, optimizer.learning_rate)
+    config.update_from_flattened_dict(system.small.fields)
+    if system.kind == "per_task":
+        config.adapter.task_slots = 128
     config.adapter.bottleneck_sizes = (32,)
-    if args.system == "hyperdecoder":
-        config.adapter.bottleneck_activation, config.adapter.bottleneck_input = "relu", "raw"
     config.adapter.lora_rank, config.adapter.lora_alpha, config.adapter.lora_bias = 8, 8.0, True
     config.adapter.lora_targets = targets_of((*ATTENTION_SITES, *MLP_SITES), t5_config(config))
     config.adapter.prefix_length = 16

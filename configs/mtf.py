@@ -1,8 +1,8 @@
 """Stage 2, multi-task fine-tuning: a hypermodel learns on episodes of many tasks.
 
-An episode shows the hypermodel a task's instruction and examples, and the frozen backbone gets
-other inputs of that task, with the adapters that the hypermodel made. HyperT5-Prefix on
-Super-NaturalInstructions with the definition and two examples shown ("Def+2Pos"):
+In an episode the hypermodel reads a task's instruction and examples and emits adapters, with which
+the frozen backbone processes other inputs of the task. HyperT5-Prefix on Super-NaturalInstructions,
+conditioned on the definition and two examples ("Def+2Pos"):
 
     hyper-t5 train --workdir runs/mtf \
         --config configs/mtf.py:system=hyper_prefix,size=large,mixture=sni \
@@ -13,19 +13,19 @@ Super-NaturalInstructions with the definition and two examples shown ("Def+2Pos"
 Published ROUGE-L on the 119 test tasks, from LM-adapted checkpoints: large 42.0, XL 45.0 and 48.6
 (two later papers; probably LoRA, and Prefix); the text concatenated to a fine-tuned model's input:
 large 47.6, XL 54.0. Arguments:
-    system   hyper_prefix | hyper_lora; with _plus the backbone is trained along (HyperTuning+).
-             Any other has these numbers too, but see the config of its own or baselines.py
-    size     small | base | large | xl | xxl: of the backbone, and so of the hypermodel
+    system   hyper_prefix | hyper_lora; with _plus the backbone is trained too (HyperTuning+).
+             Other systems have their own config, or are in baselines.py
+    size     small | base | large | xl | xxl, of backbone and hypermodel
     mixture  sni: Super-NaturalInstructions in --gin.data.sni_dir | p3: T0's training tasks in
              --gin.data.p3_dir | metaicl: --gin.data.metaicl_setting in --gin.data.metaicl_dir |
              synthetic: the embedded suite
-What is shown of a task is --gin.data.variant: def, def_pos_1, def_pos_2, pos_16.
+The conditioning is --gin.data.variant: def, def_pos_1, def_pos_2, pos_16.
 
-The HyperTuning paper (arXiv 2211.12485) could not be read in full and has no code. The numbers
-below are those of the nearest systems that say theirs:
-    [HyperLoRA]  its Table 5, the stages on Super-NaturalInstructions and on P3
-    [Tk]         Tk-Instruct, whose training and test rows everyone has used since
-    [MetaICL]    its data: 16 examples, 256 tokens each and 1,024 in all
+Phang et al. (2022, HyperTuning, arXiv 2211.12485) published no code and few hyperparameters. The
+values below are those of the nearest systems with published ones:
+    [HyperLoRA]  Table 5, the stages on Super-NaturalInstructions and on P3
+    [Tk]         Tk-Instruct, the usual training and test rows
+    [MetaICL]    16 examples, 256 tokens each and 1,024 in all
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from __future__ import annotations
 from ml_collections import ConfigDict
 
 from hyper_t5 import config as config_lib
+from hyper_t5.utils.overrides import choose
 
 LENGTHS = {  # of what the hypermodel reads, of inputs, of targets
     "sni": (2048, 2048, 512),  # [HyperLoRA]; [Tk] has 1024 in all and 128
@@ -44,8 +45,9 @@ BATCHES = {"sni": (96, 32_256), "p3": (128, 130_000)}  # and steps, [HyperLoRA];
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The config of one run; ``arg`` as in the module's docstring."""
+    """Return the config of one run; ``arg`` is explained in the docstring of the module."""
     args = config_lib.parse_args(arg, system="hyper_prefix", size="large", mixture="sni")
+    choose("mixture", args.mixture, LENGTHS)
     config = config_lib.defaults()
     config.stage = "mtf"
     config.system = args.system

@@ -1,15 +1,16 @@
-"""The embedded default: the whole path on a laptop CPU, minutes a stage, nothing downloaded.
+"""The bundled task suite: the whole path on a laptop CPU, minutes per stage, no downloads.
 
-    hyper-t5 quickstart --out quickstart_out           # all of it, with a table at the end
+    hyper-t5 quickstart --out runs/quickstart           # all stages, with a table at the end
 
-or by hand, one command a stage (the small backbone is shipped with the package):
+or one command per stage (the small backbone is shipped with the package):
 
-    hyper-t5 train --config configs/quickstart.py:stage=hyperpretrain --workdir run/hyperpretrain
-    hyper-t5 train --config configs/quickstart.py --workdir run/mtf \
-        --gin.hypermodel.path=run/hyperpretrain
-    hyper-t5 evaluate --workdir run/mtf
+    hyper-t5 train --config configs/quickstart.py:stage=hyperpretrain --workdir runs/hyperpretrain
+    hyper-t5 train --config configs/quickstart.py --workdir runs/mtf \
+        --gin.hypermodel.path=runs/hyperpretrain
+    hyper-t5 evaluate --workdir runs/mtf
 
-docs/results.md has the numbers to expect, and how the small backbone was made.
+Arguments: ``system``, a name in hypermodels.SYSTEMS, whose ``small`` sets steps and learning rate;
+``stage``; ``seed``. docs/results.md has the expected numbers, and the small backbone's training.
 """
 
 import importlib.resources
@@ -18,30 +19,20 @@ from ml_collections import ConfigDict
 
 from hyper_t5.adapters import ATTENTION_SITES, MLP_SITES, targets_of
 from hyper_t5.config import defaults, parse_args, t5_config
-from hyper_t5.hypermodels import BACKBONE as BACKBONE_BRANCH
 from hyper_t5.hypermodels import SYSTEMS
-from hyper_t5.overrides import choose
+from hyper_t5.utils.overrides import choose
 
-BUDGET = {  # steps, learning rate
-    "concat": (2000, 1e-2),
-    "hyper_lora": (500, 2e-3),
-    "hyper_prefix": (500, 1e-3),
-    "shared_lora": (300, 1e-2),
-    "shared_prefix": (300, 1e-2),
-}
-LEARNED = (500, 1e-2)  # other adapters that are learned
-TRAINS_BACKBONE = (500, 5e-4)  # along with the hypermodel, or alone
-OTHERS = (500, 1e-3)
-# The backbone has seen no running text: LoRA that was trained on it at 2e-3 did not come back in
-# the steps above (docs/results.md).
-HYPERPRETRAIN = (150, 1e-4)
+# The backbone was not trained on running text: LoRA trained on it at 2e-3 did not recover within
+# the steps of the next stage (docs/results.md).
+HYPERPRETRAIN_STEPS, HYPERPRETRAIN_LEARNING_RATE = 150, 1e-4
 BACKBONE = "assets/quickstart_backbone"  # in the package
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The config of one of the small runs; see above for the arguments."""
+    """Return the config of one of the small runs."""
     args = parse_args(arg, system="hyper_prefix", stage="mtf", seed=0)
     choose("system", args.system, SYSTEMS)
+    small = SYSTEMS[args.system].small
     config = defaults()
     config.seed, config.system, config.stage = args.seed, args.system, args.stage
     config.data.mixture = "synthetic"
@@ -66,35 +57,18 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.optimizer.schedule = "linear"
     config.optimizer.warmup_steps = 20
     config.train.log_every, config.train.save_every = 50, 200
-    config.train.steps, config.optimizer.learning_rate = _budget(args.system)
-    if args.system == "concat":
-        config.optimizer.name = "adafactor"
-    else:
+    config.train.steps, config.optimizer.learning_rate = small.steps, small.learning_rate
+    if not small.is_backbone:
         config.backbone.path = str(importlib.resources.files("hyper_t5") / BACKBONE)
     if args.stage == "hyperpretrain":
-        config.train.steps = HYPERPRETRAIN[0]
-        if args.system != "concat":
-            config.optimizer.learning_rate = HYPERPRETRAIN[1]
+        config.train.steps = HYPERPRETRAIN_STEPS
+        if not small.is_backbone:
+            config.optimizer.learning_rate = HYPERPRETRAIN_LEARNING_RATE
         config.data.chunk_length, config.data.input_length, config.data.target_length = 72, 24, 24
     # LoRA multiplies; PEFT's lora_bias also lets it add a task's vector to the stream.
     config.adapter.lora_rank, config.adapter.lora_alpha, config.adapter.lora_bias = 8, 8.0, True
     config.adapter.lora_targets = targets_of((*ATTENTION_SITES, *MLP_SITES), t5_config(config))
     config.adapter.prefix_length = 16
     config.adapter.bottleneck_sizes = (16,)
-    if args.system == "hint":
-        config.adapter.prefix_sites, config.adapter.position_bias = ATTENTION_SITES, "zero"
-        config.adapter.prefix_length = 8
-    if args.system == "hyperdecoder":
-        config.adapter.bottleneck_activation, config.adapter.bottleneck_input = "relu", "raw"
-    if args.system.startswith("task_"):  # the judged tasks, by their 50 other rows
-        config.stage, config.adapter.task_slots = "peft", 48
+    config.update_from_flattened_dict(small.fields)
     return config
-
-
-def _budget(system: str) -> tuple[int, float]:
-    """Steps and learning rate; a new system needs no line of its own."""
-    if system.startswith(("shared_", "task_")):
-        return BUDGET.get(system, LEARNED)
-    return BUDGET.get(
-        system, TRAINS_BACKBONE if BACKBONE_BRANCH in SYSTEMS[system].trains else OTHERS
-    )

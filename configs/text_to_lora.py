@@ -1,15 +1,15 @@
 """Text-to-LoRA style (Charakorn et al. 2025, arXiv 2506.06105) on a frozen T5.
 
-The published system adapts a 7 B decoder and reads a description of the task by a text embedder;
-here the backbone is a T5, and its frozen encoder, averaged, is the embedder. No result to cite for
-that; on its own ten benchmarks the published one is at 67.0, one LoRA for all tasks at 66.7.
+The published system adapts a decoder of 7 B parameters and embeds the task's description with a
+text embedder. Here the backbone is a T5, and the mean of its frozen encoder's outputs is the
+embedding. Published on ten other benchmarks: 67.0; one LoRA for all tasks 66.7.
 
     hyper-t5 train --workdir runs/text_to_lora --config configs/text_to_lora.py:size=large \
         --gin.backbone.path=t5_1_1_lm100k_large --gin.data.vocab=spiece.model \
         --gin.data.sni_dir=natural-instructions
 
-Arguments: size, mixture, as of configs/mtf.py, whose data this is, by definition alone. Numbers are
-those of SakanaAI/text-to-lora where not said otherwise.
+Arguments: size and mixture, as in configs/mtf.py; the conditioning is the definition alone. The
+hyperparameters are those of SakanaAI/text-to-lora unless a comment says otherwise.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from hyper_t5.configs import mtf
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The config of one run; ``arg`` as in the module's docstring."""
+    """Return the config of one run; ``arg`` is explained in the docstring of the module."""
     args = config_lib.parse_args(arg, size="large", mixture="sni")
     config = mtf.get_config(f"system=text_to_lora,size={args.size},mixture={args.mixture}")
     config.adapter.lora_rank = 8

@@ -1,4 +1,4 @@
-"""``python -m hyper_t5`` is the command ``hyper-t5``."""
+"""Entry point of ``python -m hyper_t5``, the same as the ``hyper-t5`` command."""
 
 from __future__ import annotations
 

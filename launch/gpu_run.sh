@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# One command on the GPUs of SLURM's nodes, a process a GPU.
+# Runs one hyper_t5 command on the GPUs of SLURM nodes, with one process per GPU.
 #
 #   sbatch --nodes=4 --ntasks-per-node=8 --gpus-per-node=8 --signal=TERM@120 \
 #     launch/gpu_run.sh train --config ... --workdir ...
 #   salloc --nodes=4 --ntasks-per-node=8 --gpus-per-node=8 bash launch/gpu_run.sh train ...
 #
-# The checkout and its environment (bash launch/setup.sh --extra gpu) lie where every node sees them:
-# the folder that sbatch is typed in, or HYPER_T5_ROOT. JAX finds the address, count and index in what
-# srun sets. Preemption, or the end of the time asked for, is SIGTERM to all processes (--signal), who
-# save and exit with 75; a batch job then goes back into the queue, at most RESTARTS times (default 20).
+# The checkout and its environment (bash launch/setup.sh --extra gpu) must be visible to every node:
+# the working directory of sbatch, or HYPER_T5_ROOT. JAX reads address, count and index from the
+# variables of srun. Preemption and the time limit send SIGTERM to all processes (--signal), which
+# save and exit with 75; a batch job is then requeued, at most RESTARTS times (default: 20).
 set -euo pipefail
 
 say() { printf 'gpu: %s\n' "$*" >&2; }
@@ -17,25 +17,25 @@ die() {
   exit 2
 }
 
-# sbatch runs a copy of this file in a folder of its own.
+# sbatch runs a copy of this file in another folder.
 root="${HYPER_T5_ROOT:-${SLURM_SUBMIT_DIR:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)}}"
-(($#)) || die "give the job, as in: train --config configs/mtf.py:size=xl --workdir DIR"
-command -v srun >/dev/null || die "srun is not on PATH: this is for a SLURM cluster"
-[[ -n "${SLURM_JOB_ID:-}" ]] || die "there is no allocation: start it by sbatch or salloc, as its head shows"
+(($#)) || die "no job; as in: train --config configs/mtf.py:size=xl --workdir DIR"
+command -v srun >/dev/null || die "srun is not on PATH; this script needs a SLURM cluster"
+[[ -n "${SLURM_JOB_ID:-}" ]] || die "no allocation; use sbatch or salloc, as its first lines show"
 [[ -x "$root/.venv/bin/python" ]] ||
-  die "there is no $root/.venv: run bash launch/setup.sh --extra gpu, or set HYPER_T5_ROOT"
+  die "no $root/.venv; run bash launch/setup.sh --extra gpu, or set HYPER_T5_ROOT"
 
 cd "$root"
 code=0
-# The first to end leaves the others time to finish a save; who misses it ends by itself within 30 s.
+# After the first process ends, the others have time to finish a save.
 srun --label --kill-on-bad-exit=0 --wait=120 .venv/bin/python -m hyper_t5 "$@" || code=$?
 if ((code == 75)); then
   if ((${SLURM_RESTART_COUNT:-0} >= ${RESTARTS:-20})); then
     say "preempted, and restarted $SLURM_RESTART_COUNT times already (RESTARTS)"
   elif scontrol requeue "$SLURM_JOB_ID"; then
-    say "preempted: back in the queue, to go on from the last checkpoint"
+    say "preempted and requeued; the job resumes from the newest checkpoint"
   else
-    say "preempted: the same command goes on from the last checkpoint"
+    say "preempted; run the same command again to resume from the newest checkpoint"
   fi
 fi
 exit "$code"

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Makes .venv at the root of the repository with the package and its pinned requirements, or finds
-# that nothing has changed since it last did.
+# Creates .venv at the root of the repository and installs the package with its pinned requirements.
+# Does nothing if .venv is up to date.
 #
-#   bash launch/setup.sh [--extra test|tpu|gpu|plan|beam]...
+#   bash launch/setup.sh [--extra test|tpu|gpu|plan|beam|gpt2]...
 #
-# PYTHON names the interpreter (default: that of an existing .venv, else python3). uv is used when it
-# is there, else venv and pip. A stamp inside .venv says what was installed and from which files; an
-# install that was cut short leaves a mark instead, and the next run starts from an empty .venv.
+# PYTHON names the interpreter (default: that of an existing .venv, else python3). Uses uv if it is
+# installed, else venv and pip. A stamp inside .venv records the extras and a hash of the packaging
+# files. An interrupted installation leaves a mark instead, and the next run creates .venv anew.
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
@@ -20,13 +20,13 @@ die() {
   exit 1
 }
 
-# "3.11" for an interpreter that runs, nothing for one that does not.
+# Prints "3.11" for a working interpreter, else nothing.
 version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null || true; }
 is_new_enough() { [[ "$1" =~ ^3\.([0-9]+)$ ]] && ((BASH_REMATCH[1] >= 11)); }
 has_uv() { uv --version >/dev/null 2>&1; }
-contains() { [[ " $1 " == *" $2 "* ]]; }
 
-# Of all that the environment depends on. Paths count, because an environment cannot be moved.
+# Prints a hash of everything that the environment depends on. The path counts, because an
+# environment cannot be moved.
 fingerprint() {
   "$venv/bin/python" - "$root" setup.py pyproject.toml constraints.txt <<'PY'
 import hashlib, os, sys
@@ -39,7 +39,7 @@ print(digest.hexdigest())
 PY
 }
 
-# Whether the .venv that is there, made by us or not, can be installed into.
+# Whether an existing .venv, of this script or not, can be installed into.
 is_usable() {
   local version
   version="$(version_of "$venv/bin/python")"
@@ -48,7 +48,7 @@ is_usable() {
     { has_uv || "$venv/bin/python" -m pip --version >/dev/null 2>&1; }
 }
 
-make_venv() {
+create_venv() {
   local python="${PYTHON:-python3}" version
   version="$(version_of "$python")"
   [[ -n "$version" ]] || die "cannot run $python: set PYTHON to a Python 3.11 or later"
@@ -58,59 +58,54 @@ make_venv() {
     uv venv --quiet --clear --python "$python" "$venv"
   else
     "$python" -m venv --clear "$venv" ||
-      die "$python cannot make $venv (on Debian and Ubuntu: apt install python3-venv)"
+      die "$python cannot create $venv (on Debian and Ubuntu: apt install python3-venv)"
   fi
 }
 
 install() { # install EXTRA...
-  # Python compiles what is imported when it first is; compiling all that there is takes minutes.
-  local list="$*" tool=pip how=("$venv/bin/python" -m pip install -qq --no-input --no-compile)
-  local what="${list:+[${list// /,}]}"
+  # --no-compile: Python compiles a module at its first import; compiling all takes minutes.
+  local list="$*" tool=pip command=("$venv/bin/python" -m pip install -qq --no-input --no-compile)
+  local extras="${list:+[${list// /,}]}"
   if has_uv; then
-    tool=uv how=(uv pip install --quiet --python "$venv/bin/python")
+    tool=uv command=(uv pip install --quiet --python "$venv/bin/python")
   fi
-  say "installing hyper_t5$what into $venv with $tool and Python" \
-    "$(version_of "$venv/bin/python") (the first time takes minutes)"
+  say "installing hyper_t5$extras into $venv with $tool and Python" \
+    "$(version_of "$venv/bin/python") (takes minutes the first time)"
   rm -f "$stamp"
   touch "$mark"
-  trap 'exit 130' INT TERM # leaves the mark: no telling how far the installer had come
-  # A refusal is different: what was installed by then is whole, and the next run goes on from it.
-  "${how[@]}" --constraint "$root/constraints.txt" --editable "$root$what" || {
+  trap 'exit 130' INT TERM # leaves the mark: the environment may be incomplete
+  # An error of the installer leaves complete packages, so the next run continues with them.
+  "${command[@]}" --constraint "$root/constraints.txt" --editable "$root$extras" || {
     rm -f "$mark"
-    die "the installation failed; the lines above say why"
+    die "the installation failed; see the lines above"
   }
   printf '%s %s\n' "$(fingerprint)" "$list" >"$mark"
   mv "$mark" "$stamp"
 }
 
 main() {
-  local extras=()
+  local extras=() hash="" installed=""
   while (($#)); do
-    [[ "$1" == --extra && "${2:-}" =~ ^(test|tpu|gpu|plan|beam)$ ]] ||
-      die "cannot read '$*'; usage: bash launch/setup.sh [--extra test|tpu|gpu|plan|beam]..."
+    [[ "$1" == --extra && "${2:-}" =~ ^(test|tpu|gpu|plan|beam|gpt2)$ ]] ||
+      die "unknown arguments '$*'; usage: bash launch/setup.sh [--extra test|tpu|gpu|plan|beam|gpt2]..."
     extras+=("$2")
     shift 2
   done
 
-  # One run at a time: a second one waits, then finds the work done. (macOS has no flock.)
+  # One run at a time; a second one waits. (macOS has no flock.)
   if command -v flock >/dev/null; then
     exec 9>"$root/.venv.lock"
     flock 9
   fi
 
-  local known="" had=""
-  if [[ -e "$stamp" ]]; then read -r known had <"$stamp" || true; fi
-  local all="$had" extra new=false
+  if [[ -e "$stamp" ]]; then read -r hash installed <"$stamp" || true; fi
+  local all="$installed" extra
   for extra in ${extras[@]+"${extras[@]}"}; do
-    if ! contains "$all" "$extra"; then
-      all="${all:+$all }$extra"
-      new=true
-    fi
+    [[ " $all " == *" $extra "* ]] || all="${all:+$all }$extra"
   done
-
   if ! is_usable; then
-    make_venv
-  elif ! $new && [[ "$known" == "$(fingerprint)" ]]; then
+    create_venv
+  elif [[ "$all" == "$installed" && "$hash" == "$(fingerprint)" ]]; then
     say "$venv is up to date"
     return
   fi

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Installs what the tests need, then runs them on two cores, without those marked `slow` or `soak`.
-# One worker has all tests of a file, which share what takes long to make.
+# Installs the test extra and runs the tests on two cores, without those marked `slow` or `soak`.
+# The tests of a file run in one pytest worker, because they share fixtures that take long to build.
 #
 #   bash launch/test.sh [pytest's arguments]
-#   bash launch/test.sh -m 'not soak'      (what CI runs)
-#   bash launch/test.sh -m ''              (all)
+#   bash launch/test.sh -m 'not soak'      (as in CI)
+#   bash launch/test.sh -m ''              (all tests)
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"

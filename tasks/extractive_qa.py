@@ -1,16 +1,15 @@
-"""Extractive question answering as SeqIO Tasks, from files of SQuAD's or MRQA's form.
+"""Extractive question answering, from files in the formats of SQuAD or MRQA.
 
     FOLDER/<name>.train.json, <name>.validation.json                SQuAD (Rajpurkar et al. 2016)
     FOLDER/<name>.train.jsonl[.gz], <name>.validation.jsonl[.gz]    MRQA 2019 (Fisch et al. 2019)
 
-Each name is a task; they are mixed by their sizes, as in Hyperdecoders (Ivison & Peters 2022). A
-row reads `question: ... context: ...` and is answered with words of the context.
+Each name is a task; rates are the number of rows, as in Hyperdecoders (Ivison & Peters 2022). An
+input is ``question: ... context: ...`` and its output is a span of the context.
 
-In training a context that `data.input_length` does not hold is cut in windows, each a row, of which
-neighbours share STRIDE tokens; a window's answer is the first of the golds that lies in it whole,
-and nothing where none does. In evaluation all golds are references, and the context is cut at
-`data.input_length`: only its first window is read. (Hyperdecoders reads all of them and takes the
-likeliest answer that is not empty, for which decoding would have to keep likelihoods.)
+In training, a context longer than ``data.input_length`` becomes several windows, each a row, which
+overlap by STRIDE tokens. The output of a window is the first reference inside it, or empty. In
+evaluation all references count, and the context is truncated to its first window. (Hyperdecoders
+decodes every window and takes the most likely non-empty answer.)
 """
 
 from __future__ import annotations
@@ -23,11 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hyper_t5.errors import UserError
-from hyper_t5.files import json_object
-from hyper_t5.taskfile import OnBadRow, Row, TaskRows, read_json
-from hyper_t5.tasks.common import read_lines, register_rows
-from hyper_t5.vocab import Vocabulary
+from hyper_t5.data.task_rows import OnBadRow, TaskData, TaskRow
+from hyper_t5.data.vocab import Vocabulary
+from hyper_t5.tasks.dataset import TaskSet
+from hyper_t5.tasks.rows import read_lines
+from hyper_t5.utils.errors import UserError
+from hyper_t5.utils.files import json_object, read_json
 
 SPLITS = ("train", "validation")
 HELD_OUT = ("validation",)
@@ -40,85 +40,96 @@ INSTRUCTION = (
 
 @dataclass(frozen=True)
 class Question:
-    """A question with its context, its golds, and where in the context they stand."""
+    """A question with its context, references and their spans in the context.
 
-    where: str  # what errors call it
+    Attributes:
+      source: names it in errors.
+      id: unique within the task.
+      question: its text.
+      context: text with the answer.
+      golds: references, one or more; ("",) where there is no answer.
+      spans: (start, end) in characters, in the order of the references.
+    """
+
+    source: str
     id: str
     question: str
     context: str
-    golds: tuple[str, ...]  # one or more; ("",) when there is no answer
-    spans: tuple[tuple[int, int], ...]  # (start, end) in characters, in the order of the golds
+    golds: tuple[str, ...]
+    spans: tuple[tuple[int, int], ...]
 
 
 # ------------------------------------------------------------------------------ the mixture
 
 
-def register(data_config: Any, split: str, vocab: Vocabulary) -> str:
-    """Registers one split of `data_config.qa_dir`; returns the Mixture's name.
+def load_rows(data_config: Any, split: str, vocab: Vocabulary) -> TaskSet:
+    """Load the tasks of a split of ``data.qa_dir``.
 
     Raises:
-        UserError: no such folder or split, or no file of the split.
+      UserError: no such folder or split, or no file of the split.
     """
-    found = split_files(data_config.get("qa_dir", ""), split)
-    length = data_config.input_length if split == "train" else 0
+    c = data_config
+    files = split_files(c.qa_dir, split)
+    length = c.input_length if split == "train" else 0
     readers = {
-        name: functools.partial(read_task, name, file, vocab, length, data_config.on_bad_row)
-        for name, file in found.items()
+        f"extractive_qa_{name}_{split}": functools.partial(
+            read_task, name, file, vocab, length, c.on_bad_row
+        )
+        for name, file in files.items()
     }
-    signature = (sorted(map(str, found.values())), length, data_config.on_bad_row)
-    most = data_config.max_instances_per_task
-    return register_rows("extractive_qa", split, readers, signature, vocab, most)
+    signature = (sorted(map(str, files.values())), length, c.on_bad_row)
+    return TaskSet(f"extractive_qa_{split}", readers, signature)
 
 
 def split_files(qa_dir: str, split: str) -> dict[str, Path]:
-    """The files of a split by task name, ordered.
+    """Return the files of a split by task name, in order.
 
     Raises:
-        UserError: names the folder or the file, and the remedy.
+      UserError: names folder or file, and the remedy.
     """
     if split not in SPLITS:
         raise UserError(
             f"extractive_qa: split {split!r} is unknown; the splits are {', '.join(SPLITS)}"
         )
     if not qa_dir:
-        raise UserError("data.qa_dir is empty: give the folder that holds NAME.train.json, ...")
+        raise UserError("data.qa_dir is empty: set the folder that holds NAME.train.json, ...")
     folder = Path(qa_dir).expanduser()
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; data.qa_dir must hold NAME.train.json, ...")
-    found: dict[str, Path] = {}
+    by_task: dict[str, Path] = {}
     other = []
     for file in sorted(folder.iterdir()):
         match = re.fullmatch(r"(.+)\.(train|validation)\.(json|jsonl|jsonl\.gz)", file.name)
         if match is None:
             other.append(file.name)
         elif match[2] == split:
-            if match[1] in found:
-                raise UserError(f"{file}: {found[match[1]].name} is the {split} split of it too")
-            found[match[1]] = file
-    if not found:
+            if match[1] in by_task:
+                raise UserError(f"{file}: {by_task[match[1]].name} is the {split} split of it too")
+            by_task[match[1]] = file
+    if not by_task:
         raise UserError(f"{folder}: holds no NAME.{split}.json, NAME.{split}.jsonl or .jsonl.gz")
     if other:
-        print(f"{folder}: not NAME.SPLIT.json, .jsonl or .jsonl.gz, left out: {', '.join(other)}")
-    return found
+        print(f"{folder}: skips {', '.join(other)}: not NAME.SPLIT.json, .jsonl or .jsonl.gz")
+    return by_task
 
 
 def read_task(
     name: str, file: Path, vocab: Vocabulary, window: int = 0, on_bad_row: OnBadRow = "raise"
-) -> TaskRows:
-    """One task from one of its files.
+) -> TaskData:
+    """Read one task from one of its files.
 
     Args:
-        name: the task's.
-        file: .json is SQuAD's form, .jsonl and .jsonl.gz are MRQA's.
-        vocab: counts the tokens of windows.
-        window: tokens of a row's input, EOS included, and its outputs are the window's answer; 0
-            cuts nothing, and the outputs are all golds.
-        on_bad_row: 'skip' leaves bad questions (and lines) out and counts them.
+      name: the task's name.
+      file: .json is SQuAD's format, .jsonl and .jsonl.gz are MRQA's.
+      vocab: counts the tokens of windows.
+      window: length of a row's input in tokens, EOS included; its output is the window's. 0 makes
+        one row of a question, with all references as outputs.
+      on_bad_row: 'skip' skips bad questions (and lines) and counts them.
 
     Raises:
-        UserError: names file, place and field; no usable row.
+      UserError: names file, element and field; no usable row.
     """
-    rows: list[Row] = []
+    rows: list[TaskRow] = []
     skipped: Counter[str] = Counter()
 
     def bad(error: UserError) -> None:
@@ -133,59 +144,62 @@ def read_task(
             bad(error)
     if not rows:
         raise UserError(f"{file}: holds no usable question; a task needs at least one")
-    return TaskRows(name, (INSTRUCTION,), (), tuple(rows), "extractive QA", skipped=dict(skipped))
+    return TaskData(name, (INSTRUCTION,), (), tuple(rows), "extractive QA", skipped=dict(skipped))
 
 
-def _rows(question: Question, vocab: Vocabulary, window: int) -> list[Row]:
+def _rows(question: Question, vocab: Vocabulary, window: int) -> list[TaskRow]:
     head = f"question: {question.question} context: "
     if not window:
         golds = tuple(dict.fromkeys(question.golds))
-        return [Row(question.id, head + question.context, golds)]
+        return [TaskRow(question.id, head + question.context, golds)]
     used = len(vocab.encode(head)) + 1
     if used >= window:
         raise UserError(
-            f"{question.where}: the question alone is {used} tokens with EOS, data.input_length is "
-            f"{window}; raise it, or leave such rows out with data.on_bad_row='skip'"
+            f"{question.source}: the question alone has {used} tokens with EOS, and "
+            f"data.input_length is {window}; raise it, or skip such rows with "
+            "data.on_bad_row='skip'"
         )
     rows = []
     for number, (start, end) in enumerate(windows(question.context, window - used, vocab)):
         inside = [question.context[a:b] for a, b in question.spans if start <= a and b <= end]
         name = f"{question.id}-{number}" if number else question.id
-        rows.append(Row(name, head + question.context[start:end], (inside[0] if inside else "",)))
+        rows.append(
+            TaskRow(name, head + question.context[start:end], (inside[0] if inside else "",))
+        )
     return rows
 
 
 def windows(context: str, room: int, vocab: Vocabulary) -> list[tuple[int, int]]:
-    """Where the windows of a text start and end, in characters: whole words of `room` tokens.
+    """Return (start, end) in characters of windows of whole words with ``room`` tokens.
 
-    Neighbours share up to STRIDE tokens, or half of `room` where that is less. A word over `room`
+    Neighbors overlap by up to STRIDE tokens, at most half of ``room``. A word longer than ``room``
     is a window of its own. Tokens are counted word by word, which is exact for bytes and for
-    SentencePiece models whose pieces do not reach over white space, as T5's do not.
+    SentencePiece models without pieces that span whitespace, such as T5's.
     """
     words = list(re.finditer(r"\s*(\S+)", context))
     if not words:
         return [(0, 0)]
     sizes = [len(ids) for ids in vocab.encode_batch([word.group() for word in words])]
-    found = []
-    first = last = size = 0  # a window of the words [first, last), and its tokens
+    spans = []
+    first = last = size = 0  # a window of the words [first, last), and its number of tokens
     while last < len(words):
         while last < len(words) and (first == last or size + sizes[last] <= room):
             size += sizes[last]
             last += 1
-        found.append((words[first].start(1), words[last - 1].end()))
+        spans.append((words[first].start(1), words[last - 1].end()))
         if last < len(words):
-            # The next one begins before the word that did not fit, and so that it fits there.
+            # The next window begins before the word that did not fit, with room for that word.
             most = min(STRIDE, room // 2, room - sizes[last])
             first, size = last, 0
             while size + sizes[first - 1] <= most:
                 first -= 1
                 size += sizes[first]
-    return found
+    return spans
 
 
-# -------------------------------------------------------------------------------- two forms
+# -------------------------------------------------------------------------------- formats
 
-# Takes the error of a question or a line: raises it, or counts it.
+# Called with the error of a question or a line: raises it, or counts it.
 Bad = Callable[[UserError], None]
 
 
@@ -193,90 +207,90 @@ def _squad(file: Path, bad: Bad) -> Iterator[Question]:
     for i, article in enumerate(_list(read_json(file), "data", str(file))):
         at = f"{file}: data[{i}]"
         for j, paragraph in enumerate(_list(article, "paragraphs", at)):
-            there = f"{at}.paragraphs[{j}]"
-            context = _text(paragraph, "context", there)
-            for k, value in enumerate(_list(paragraph, "qas", there)):
+            inner = f"{at}.paragraphs[{j}]"
+            context = _text(paragraph, "context", inner)
+            for k, value in enumerate(_list(paragraph, "qas", inner)):
                 try:
-                    question = _squad_question(value, context, f"{there}.qas[{k}]")
+                    question = _squad_question(value, context, f"{inner}.qas[{k}]")
                 except UserError as error:
                     bad(error)
                 else:
                     yield question
 
 
-def _squad_question(value: Any, context: str, where: str) -> Question:
+def _squad_question(value: Any, context: str, source: str) -> Question:
     golds, spans = [], []
-    for number, answer in enumerate(_list(value, "answers", where)):
-        gold = _text(answer, "text", f"{where}.answers[{number}]")
+    for number, answer in enumerate(_list(value, "answers", source)):
+        gold = _text(answer, "text", f"{source}.answers[{number}]")
         start = answer.get("answer_start")
         if not isinstance(start, int) or start < 0 or context[start:][: len(gold)] != gold:
             raise UserError(
-                f"{where}.answers[{number}]: field answer_start must be where {gold!r} starts in "
-                f"the context, this is {start!r}"
+                f"{source}.answers[{number}]: field answer_start must be the position of {gold!r} "
+                f"in the context, this is {start!r}"
             )
         golds.append(gold)
         spans.append((start, start + len(gold)))
     if not golds and not value.get("is_impossible"):
-        raise UserError(f"{where}: field answers is empty; only is_impossible questions have none")
-    name, text = _text(value, "id", where), _text(value, "question", where)
-    return Question(where, name, text, context, tuple(golds) or ("",), tuple(spans))
+        raise UserError(f"{source}: field answers is empty; only is_impossible questions have none")
+    name, text = _text(value, "id", source), _text(value, "question", source)
+    return Question(source, name, text, context, tuple(golds) or ("",), tuple(spans))
 
 
 def _mrqa(file: Path, bad: Bad) -> Iterator[Question]:
-    for where, line in read_lines(file):
+    for source, line in read_lines(file):
         try:
-            value = json_object(line, where)
+            value = json_object(line, source)
             if "header" in value:
                 continue
-            context, found = _text(value, "context", where), _list(value, "qas", where)
+            context, questions = _text(value, "context", source), _list(value, "qas", source)
         except UserError as error:
             bad(error)
             continue
-        for number, item in enumerate(found):
+        for number, item in enumerate(questions):
             try:
-                question = _mrqa_question(item, context, f"{where}: qas[{number}]")
+                question = _mrqa_question(item, context, f"{source}: qas[{number}]")
             except UserError as error:
                 bad(error)
             else:
                 yield question
 
 
-def _mrqa_question(value: Any, context: str, where: str) -> Question:
-    golds = _list(value, "answers", where)
+def _mrqa_question(value: Any, context: str, source: str) -> Question:
+    golds = _list(value, "answers", source)
     if not golds or not all(isinstance(gold, str) for gold in golds):
-        raise UserError(f"{where}: field answers must be a list of texts, one or more")
+        raise UserError(f"{source}: field answers must be a list of texts, one or more")
     spans = []
-    for number, answer in enumerate(_list(value, "detected_answers", where)):
-        there = f"{where}.detected_answers[{number}]"
-        for span in _list(answer, "char_spans", there):
+    for number, answer in enumerate(_list(value, "detected_answers", source)):
+        at = f"{source}.detected_answers[{number}]"
+        for span in _list(answer, "char_spans", at):
             # Both ends are inclusive.
             match span:
                 case [int(start), int(end)] if 0 <= start <= end < len(context):
                     spans.append((start, end + 1))
                 case _:
                     raise UserError(
-                        f"{there}: field char_spans must hold [first, last] characters of the "
+                        f"{at}: field char_spans must hold [first, last] characters of the "
                         f"context, this is {span!r}"
                     )
-    name, text = _text(value, "qid", where), _text(value, "question", where)
-    return Question(where, name, text, context, tuple(golds), tuple(spans))
+    name, text = _text(value, "qid", source), _text(value, "question", source)
+    return Question(source, name, text, context, tuple(golds), tuple(spans))
 
 
-def _list(value: Any, field: str, where: str) -> list[Any]:
-    found = _field(value, field, where)
-    if not isinstance(found, list):
-        raise UserError(f"{where}: field {field} must be a list")
-    return found
+def _list(value: Any, field: str, source: str) -> list[Any]:
+    elements = _field(value, field, source)
+    if not isinstance(elements, list):
+        raise UserError(f"{source}: field {field} must be a list")
+    return elements
 
 
-def _text(value: Any, field: str, where: str) -> str:
-    found = _field(value, field, where)
-    if not isinstance(found, str):
-        raise UserError(f"{where}: field {field} must be text")
-    return found
+def _text(value: Any, field: str, source: str) -> str:
+    text = _field(value, field, source)
+    if not isinstance(text, str):
+        raise UserError(f"{source}: field {field} must be text")
+    return text
 
 
-def _field(value: Any, field: str, where: str) -> Any:
+def _field(value: Any, field: str, source: str) -> Any:
     if not isinstance(value, Mapping) or field not in value:
-        raise UserError(f"{where}: lacks field {field}")
+        raise UserError(f"{source}: lacks field {field}")
     return value[field]

@@ -1,19 +1,19 @@
-"""A store: a mixture's tasks as sharded TFRecords, each row one read away, with a manifest.
+"""Reader of stores: a mixture's tasks as sharded TFRecords with random access, and a manifest.
 
-`hyper_t5.build` makes it, with TensorFlow Datasets, as
+`hyper_t5.tools.build_dataset` writes them with TensorFlow Datasets:
 
     FOLDER/hyper_t5-SPLIT.tfrecord-00000-of-00008    and TFDS's own JSON files
-    FOLDER/manifest.json                             written last: without it, it is unfinished
+    FOLDER/manifest.json                             written last; a build without it is unfinished
 
-One record is one row (id, input, outputs, options, and the task's name); the rows of a task lie one
-after the other. What is said once a task (instructions, examples, category, rate, which rows are
-its own) is in the manifest, and so are size and SHA-256 of every shard. This module reads, without
-TensorFlow; FOLDER may be local or on any file system of `etils.epath`, such as gs://.
+A record is a row (id, input, outputs, options, name of the task); the rows of a task are
+consecutive. The manifest has the rest of each task (instructions, examples, category, rate, range
+of its rows) and size and SHA-256 of every shard. Reading needs no TensorFlow; FOLDER may be local
+or on any file system of `etils.epath`, such as gs://.
 
 The manifest, format 1:
 
     {"format": 1,
-     "made_from": {"mixture": ..., "data": {fields of the config that decide which rows there are}}
+     "made_from": {"mixture": ..., "data": {fields of the config that determine the rows}}
                   or {"text": [{"name": file, "bytes": n}, ...], "data": {...}},
      "file_format": "tfrecord",
      "splits": {SPLIT: {"records": n, "bytes": n,
@@ -36,54 +36,38 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from hyper_t5 import records
-from hyper_t5.errors import UserError
-from hyper_t5.taskfile import LazyRows, Row, TaskRows
+from hyper_t5.data import tfrecord
+from hyper_t5.data.task_rows import LazyRows, TaskData, TaskRow
+from hyper_t5.tasks.dataset import Dataset
+from hyper_t5.tasks.rows import choose_rows
+from hyper_t5.utils.errors import UserError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 REBUILD = "build it again (hyper-t5 build)"
-READERS = 8  # shards looked at together: most of it is waiting for a bucket
+READERS = 8  # shards checked in parallel: most of the time is a bucket's latency
 
-# Fields of config.data that decide which rows a mixture has; of folders and files the last name.
-# Those that begin with another mixture's prefix say nothing of this one.
-PREFIXES = {
-    "sni": "sni_",
-    "p3": "p3_",
-    "metaicl": "metaicl_",
-    "glue": "glue_",
-    "extractive_qa": "qa_",
-}
-PLACES = ("sni_dir", "p3_dir", "p3_prompts", "metaicl_dir", "glue_dir", "qa_dir")
-SETTINGS = (
-    "metaicl_setting",
-    "max_instances_per_task",
-    "on_bad_row",
-    "on_missing_task",
-    "empty_targets",
-)
+# Fields of config.data that determine the rows of any dataset, beside its own options.
+SETTINGS = ("max_instances_per_task", "on_bad_row", "on_missing_task", "empty_targets")
 
 
 # ------------------------------------------------------------------------------- the manifest
 
 
-def data_fields(data_config: Any, mixture: str) -> dict[str, Any]:
-    """What the manifest says of `config.data`: plain values, and no path of the machine."""
-    others = tuple(prefix for name, prefix in PREFIXES.items() if name != mixture)
+def data_fields(data_config: Any, dataset: Dataset) -> dict[str, Any]:
+    """Return the fields of ``config.data`` that the manifest records; of paths the last part."""
     fields: dict[str, Any] = {}
-    for name in (*PLACES, *SETTINGS):
-        if name not in data_config or name.startswith(others):
-            continue
+    for name in (*dataset.options, *SETTINGS):
         value = data_config[name]
-        if name not in PLACES:
+        if name not in dataset.paths:
             fields[name] = value
         elif value:
             fields[name] = PurePosixPath(value.rstrip("/")).name
     return fields
 
 
-def task_entry(task: TaskRows, first: int) -> dict[str, Any]:
-    """What the manifest says of a task whose rows begin at record `first` of its split."""
+def task_entry(task: TaskData, first: int) -> dict[str, Any]:
+    """Return the manifest's entry of a task whose rows begin at record ``first`` of its split."""
     return {
         "name": task.name,
         "category": task.category,
@@ -96,39 +80,39 @@ def task_entry(task: TaskRows, first: int) -> dict[str, Any]:
 
 
 def write_manifest(folder: epath.Path, manifest: Mapping[str, Any]) -> None:
-    """Writes it beside its place and moves it there: it is whole or not there.
+    """Write the manifest atomically.
 
     Raises:
-        UserError: it cannot be written.
+      UserError: it cannot be written.
     """
     part = folder / f".{MANIFEST}.{os.getpid()}"
     try:
-        part.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+        part.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         part.replace(folder / MANIFEST)
     except OSError as error:
         raise UserError(f"cannot write {folder / MANIFEST}: {error.strerror or error}") from None
 
 
 def read_manifest(folder: epath.Path) -> dict[str, Any]:
-    """The manifest of a store's folder.
+    """Read the manifest of a store.
 
     Raises:
-        UserError: no store, an unfinished one, a damaged manifest, or one of another format.
+      UserError: no store, an unfinished one, a damaged manifest, or one of another format.
     """
     file = folder / MANIFEST
     try:
-        text = file.read_text()
+        text = file.read_bytes().decode("utf-8-sig")
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(_no_manifest(folder)) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: cannot read ({error})") from None
     try:
         manifest = json.loads(text)
-        found = manifest["format"]
+        version = manifest["format"]
     except (ValueError, TypeError, KeyError):
-        raise UserError(f"{file}: damaged, or no store's manifest; {REBUILD}") from None
-    if found != FORMAT:
-        raise UserError(f"{file}: format {found}, and this version reads {FORMAT}; {REBUILD}")
+        raise UserError(f"{file}: damaged, or not a store's manifest; {REBUILD}") from None
+    if version != FORMAT:
+        raise UserError(f"{file}: format {version}, and this version reads {FORMAT}; {REBUILD}")
     return manifest
 
 
@@ -137,8 +121,8 @@ def _no_manifest(folder: epath.Path) -> str:
         return f"{folder}: no such folder; data.store is what `hyper-t5 build` printed"
     inside = sorted(str(file.parent) for file in folder.glob(f"hyper_t5/*/*/{MANIFEST}"))
     if inside:
-        return f"{folder}: holds stores and is none; set data.store={inside[0]!r}"
-    return f"{folder}: has no {MANIFEST}, so it is no store or its build was interrupted; {REBUILD}"
+        return f"{folder}: holds stores but is none itself; set data.store={inside[0]!r}"
+    return f"{folder}: has no {MANIFEST}: not a store, or its build was interrupted; {REBUILD}"
 
 
 # ---------------------------------------------------------------------------------- reading
@@ -151,18 +135,18 @@ class Store:
         self.folder = folder
         self.manifest = manifest
         self._cache_dir = cache_dir
-        self._found: dict[str, records.Index] = {}
+        self._indices: dict[str, tfrecord.Index] = {}
 
     @property
     def splits(self) -> tuple[str, ...]:
         """The names of its splits."""
         return tuple(self.manifest["splits"])
 
-    def tasks(self, split: str) -> list[TaskRows]:
-        """The tasks of a split in its order; their rows are read one by one, when asked for.
+    def tasks(self, split: str) -> list[TaskData]:
+        """Return the tasks of a split in order, with lazy rows.
 
         Raises:
-            UserError: there is no such split.
+          UserError: there is no such split.
         """
         if split not in self.manifest["splits"]:
             raise UserError(
@@ -170,7 +154,7 @@ class Store:
             )
         rows = _Rows(self, self.manifest["splits"][split]["shards"])
         return [
-            TaskRows(
+            TaskData(
                 entry["name"],
                 tuple(entry["instructions"]),
                 tuple((shown, answer) for shown, answer in entry["examples"]),
@@ -183,7 +167,7 @@ class Store:
         ]
 
     def check_size(self, shard: Mapping[str, Any]) -> None:
-        """Raises UserError where a shard is missing or has another size than it was made with."""
+        """Raise UserError where a shard is missing or its size is not the manifest's."""
         file = self.folder / shard["name"]
         try:
             size = file.stat().length
@@ -193,135 +177,140 @@ class Store:
             raise UserError(f"{file}: cannot read ({error.strerror or error})") from None
         if size != shard["bytes"]:
             raise UserError(
-                f"{file}: truncated or altered, it has {size} bytes and was made with "
+                f"{file}: truncated or altered, it has {size} bytes and was written with "
                 f"{shard['bytes']}; copy the store again, or {REBUILD}"
             )
 
-    def index(self, shard: Mapping[str, Any]) -> records.Index:
-        """Where a shard's records lie, after a look at its digest. Read once, then kept.
+    def index(self, shard: Mapping[str, Any]) -> tfrecord.Index:
+        """Return the index of a shard's records, with its digest checked. Read once.
 
         Raises:
-            UserError: it is missing or altered.
+          UserError: the shard is missing or altered.
         """
         name = shard["name"]
-        if name not in self._found:
+        if name not in self._indices:
             file = os.fspath(self.folder / name)
-            # Damaged records are not passed over here: they change the digest.
-            found = records.index(file, self._cache_dir, on_bad_row="skip")
-            if found.sha256 != shard["sha256"] or len(found.offsets) != shard["records"]:
+            # A damaged record is not skipped silently: it changes the digest.
+            index = tfrecord.index(file, self._cache_dir, on_bad_row="skip")
+            if index.sha256 != shard["sha256"] or len(index.offsets) != shard["records"]:
                 raise UserError(
                     f"{file}: altered, its SHA-256 is not the manifest's; copy the store again, "
                     f"or {REBUILD}"
                 )
-            self._found[name] = found
-        return self._found[name]
+            self._indices[name] = index
+        return self._indices[name]
 
 
 class _Rows:
-    """A split's records by their number in it."""
+    """Random access to the records of a split."""
 
     def __init__(self, store: Store, shards: list[dict[str, Any]]) -> None:
         self._store = store
         self._shards = shards
         self._ends = np.cumsum([shard["records"] for shard in shards], dtype=np.int64)
 
-    def read(self, number: int) -> Row:
-        which = int(np.searchsorted(self._ends, number, "right"))
-        shard = self._shards[which]
-        found = self._store.index(shard)
-        place = number - int(self._ends[which]) + shard["records"]
+    def read(self, number: int) -> TaskRow:
+        shard_number = int(np.searchsorted(self._ends, number, "right"))
+        shard = self._shards[shard_number]
+        index = self._store.index(shard)
+        record = number - int(self._ends[shard_number]) + shard["records"]
         file = os.fspath(self._store.folder / shard["name"])
-        raw = records.read(file, int(found.offsets[place]), int(found.lengths[place]))
-        return _row(raw, f"{file}, record {place}")
+        raw = tfrecord.read(file, int(index.offsets[record]), int(index.lengths[record]))
+        return _row(raw, f"{file}, record {record}")
 
 
-def _row(raw: bytes, where: str) -> Row:
+def _row(raw: bytes, source: str) -> TaskRow:
     try:
-        found = records.parse_example(raw, ("id", "input", "outputs", "options"))
-        text = {name: [str(b, "utf-8") for b in values] for name, values in found.items()}
-        [name], [asked] = text["id"], text["input"]
+        features = tfrecord.parse_example(raw, ("id", "input", "outputs", "options"))
+        text = {name: [str(b, "utf-8") for b in values] for name, values in features.items()}
+        [row_id], [row_input] = text["id"], text["input"]
     except (ValueError, TypeError):
-        raise UserError(f"{where}: is no row of a task") from None
-    return Row(name, asked, tuple(text["outputs"]), tuple(text["options"]))
+        raise UserError(f"{source}: is not a row of a task; {REBUILD}") from None
+    return TaskRow(row_id, row_input, tuple(text["outputs"]), tuple(text["options"]))
 
 
 def open_store(
-    folder: str | os.PathLike[str], cache_dir: str = "", host: int = 0, hosts: int = 1
+    folder: str | os.PathLike[str],
+    cache_dir: str = "",
+    process_index: int = 0,
+    process_count: int = 1,
 ) -> Store:
-    """Opens a store and checks it, before training starts.
+    """Open a store and check it before training starts.
 
-    Every host looks at the sizes of all shards, and reads every `hosts`-th shard whole for its
-    digest; what it read is kept in the cache by size and time, so that a second start is quick.
-    Where the records of the other shards lie is read when a row of theirs is first asked for, and
-    then their digest is looked at as well.
+    Every process checks the sizes of all shards and the digest of every ``process_count``-th one,
+    for which it reads the shard; results are cached by size and time, so a second start is quick.
+    The other shards are checked on first access.
 
     Args:
-        folder: what `hyper_t5.build.build` returned, wherever it was copied to.
-        cache_dir: `data.cache_dir`.
-        host: which of the hosts this is.
-        hosts: how many there are.
+      folder: the value of `hyper_t5.tools.build_dataset.build`, or a copy of it anywhere.
+      cache_dir: ``data.cache_dir``.
+      process_index: of this process.
+      process_count: of the run.
 
     Raises:
-        UserError: unfinished, missing, truncated or altered; names the shard and the remedy.
+      UserError: unfinished, missing, truncated or altered; names the shard and the remedy.
     """
-    place = epath.Path(folder).expanduser()
-    manifest = read_manifest(place)
+    path = epath.Path(folder).expanduser()
+    manifest = read_manifest(path)
     if manifest["file_format"] != "tfrecord":
         raise UserError(
-            f"{place}: its records are {manifest['file_format']}, and rows are read from tfrecord "
-            "alone, in which any bucket can be read at any place; build it again without "
-            "--file_format"
+            f"{path}: its records are {manifest['file_format']}, and rows are read from tfrecord "
+            "alone, which has random access in buckets; build it again without --file_format"
         )
-    store = Store(place, manifest, cache_dir)
+    store = Store(path, manifest, cache_dir)
     shards = [shard for split in manifest["splits"].values() for shard in split["shards"]]
     with ThreadPoolExecutor(READERS) as pool:
         for _ in pool.map(store.check_size, shards):
             pass
-        for _ in pool.map(store.index, shards[host::hosts]):
+        for _ in pool.map(store.index, shards[process_index::process_count]):
             pass
     return store
 
 
 def load_store_tasks(
-    data_config: Any, mixture: str, split: str, host: int = 0, hosts: int = 1
-) -> list[TaskRows]:
-    """The tasks of a split from `data.store`: the same rows as the mixture's own, and their rates.
+    data_config: Any,
+    mixture: str,
+    dataset: Dataset,
+    split: str,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> list[TaskData]:
+    """Load the tasks of a split from ``data.store``: same rows and rates as from the dataset.
 
     Args:
-        data_config: `config.data`.
-        mixture: what the store must be made from.
-        split: one that it must have.
-        host: see `open_store`.
-        hosts: see `open_store`.
+      data_config: ``config.data``.
+      mixture: name of the dataset that the store must be built from.
+      dataset: its registry entry.
+      split: name of the split.
+      process_index: see `open_store`.
+      process_count: see `open_store`.
 
     Raises:
-        UserError: as `open_store`; or it is made from something else, lacks the split, or has
-            fewer rows a task than `data.max_instances_per_task` wants.
+      UserError: from `open_store`; or the store is built from something else, lacks the split, or
+        has other options or a lower ``data.max_instances_per_task``.
     """
-    store = open_store(data_config.store, data_config.cache_dir, host, hosts)
-    made = store.manifest["made_from"]
-    if made.get("mixture") != mixture:
-        what = f"mixture {made['mixture']}" if "mixture" in made else "text"
+    store = open_store(data_config.store, data_config.cache_dir, process_index, process_count)
+    source = store.manifest["made_from"]
+    if source.get("mixture") != mixture:
+        kind = f"mixture {source['mixture']}" if "mixture" in source else "text"
         raise UserError(
-            f"data.store={data_config.store!r} is made from {what}, and asked for is "
+            f"data.store={data_config.store!r} is built from {kind}, and data.mixture is "
             f"{mixture}; {REBUILD} from that, or set data.mixture"
         )
-    most, had = data_config.max_instances_per_task, made["data"]["max_instances_per_task"]
-    setting = made["data"].get("metaicl_setting")
-    for field, wanted, found in [
-        ("metaicl_setting", data_config.get("metaicl_setting"), setting),
-        ("max_instances_per_task", most, had),
-    ]:
-        if found and found != wanted:
+    recorded = source["data"]
+    limit = data_config.max_instances_per_task
+    # Another path may hold the same files; another option of the dataset means other rows.
+    fields = [name for name in dataset.options if name not in dataset.paths]
+    for field in (*fields, "max_instances_per_task"):
+        built_with, wanted = recorded.get(field), data_config[field]
+        if built_with and built_with != wanted:
             raise UserError(
-                f"data.store={data_config.store!r} is made with data.{field}={found}, and asked "
-                f"for is {wanted}; set the same, or {REBUILD} with that"
+                f"data.store={data_config.store!r} was built with data.{field}={built_with}, and "
+                f"the config has {wanted}; set the same, or {REBUILD} with that"
             )
     tasks = store.tasks(split)
-    if most and not had:
-        # T0's rule, which every mixture follows where rows are capped (Sanh et al. 2022, 3).
-        from hyper_t5.tasks.common import choose_rows
-
-        tasks = [choose_rows(task, split, most) for task in tasks]
+    if limit and not recorded["max_instances_per_task"]:
+        # T0's rule, which every mixture follows where rows are limited (Sanh et al. 2022, 3).
+        tasks = [choose_rows(task, split, limit) for task in tasks]
         tasks = [replace(task, rate=float(len(task.rows))) for task in tasks]
     return tasks

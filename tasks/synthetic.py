@@ -1,30 +1,29 @@
-"""The embedded default: a small suite of SNI-style tasks made from a seed, nothing downloaded.
+"""The embedded default dataset: a small suite of SNI-style tasks, generated from a seed.
 
-A task turns five items (letters, digits or animals) into others by an *order* operation (reverse,
-drop the first, ...), an *item* operation (the next letter, the animal's young, ...), or one after
-the other. Instructions are plain English in several wordings. Three splits:
+A task maps five items (letters, digits or animals) to others by an *order* operation (reverse, drop
+the first, ...), an *item* operation (the next letter, the animal's young, ...), or both in this
+order. Instructions are plain English in several wordings. Three splits:
 
 - ``train``: every single operation and most compositions;
 - ``unseen_compositions``: pairs of operations never trained on together, in trained wordings;
-- ``unseen_wordings``: trained tasks, told in sentences and phrases never trained on.
+- ``unseen_wordings``: trained tasks, in sentences and phrases never trained on.
 
-The tasks are written as Super-NaturalInstructions files (``Definition`` lists the wordings), so
-everything downstream treats them as it treats the real ones.
+Tasks have the form of Super-NaturalInstructions files (``Definition`` lists the wordings).
 """
 
 from __future__ import annotations
 
-import io
 import json
 import random
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hyper_t5.errors import UserError
-from hyper_t5.prompts import example_text
-from hyper_t5.vocab import Vocabulary
+from hyper_t5.data.templates import format_example
+from hyper_t5.data.vocab import Vocabulary
+from hyper_t5.tasks.dataset import TaskSet
+from hyper_t5.tasks.super_ni import sni_tasks
+from hyper_t5.utils.errors import UserError
 
 SPLITS = ("train", "unseen_compositions", "unseen_wordings")
 LENGTH = 5  # items in an input
@@ -329,17 +328,17 @@ TWO_FRAMES = (
 
 
 def _wordings(domain: str, order: str, item: str, held_out: bool, rng: random.Random) -> list[str]:
-    """Distinct instructions for one task, from trained or held-out frames and phrases."""
+    """Return distinct instructions for a task, from trained or held-out frames and phrases."""
     parts = [ORDER[order][1:]] if order else []
     parts += [ITEM[domain][item][1:]] if item else []
     frames = (ONE_FRAMES if len(parts) == 1 else TWO_FRAMES)[held_out]
-    made: dict[str, None] = {}
-    while len(made) < (2 if held_out else 8):
+    wordings: dict[str, None] = {}
+    while len(wordings) < (2 if held_out else 8):
         phrases = [rng.choice(p[held_out]).format(s=domain) for p in parts]
         a, b = phrases[0], phrases[-1]
         text = rng.choice(frames).format(s=domain, a=a, b=b, A=a[0].upper() + a[1:])
-        made[text] = None
-    return list(made)
+        wordings[text] = None
+    return list(wordings)
 
 
 def _task(domain: str, order: str, item: str, split: str, seed: int) -> dict[str, Any]:
@@ -370,8 +369,8 @@ def _task(domain: str, order: str, item: str, split: str, seed: int) -> dict[str
 
 
 def suite(seed: int = 0) -> dict[str, dict[str, dict[str, Any]]]:
-    """split -> task name -> the task as an SNI file's content; a pure function of ``seed``."""
-    made: dict[str, dict[str, dict[str, Any]]] = {split: {} for split in SPLITS}
+    """Return the tasks as contents of SNI files, by split and name; a function of ``seed``."""
+    tasks: dict[str, dict[str, dict[str, Any]]] = {split: {} for split in SPLITS}
     for domain in DOMAINS:
         pairs = [(o, i) for o in ORDER for i in ITEM[domain]]
         rng = random.Random(f"{seed}/{domain}")
@@ -386,38 +385,42 @@ def suite(seed: int = 0) -> dict[str, dict[str, dict[str, Any]]]:
         ):
             for order, item in keys:
                 name = "_".join(x for x in (domain, order, item) if x)
-                made[split][name] = _task(domain, order, item, split, seed)
-    return made
+                tasks[split][name] = _task(domain, order, item, split, seed)
+    return tasks
 
 
 def documents(seed: int = 0, count: int = 3000) -> list[str]:
-    """Text for hyperpretraining: instructions and examples of trained tasks, run together."""
+    """Return text for hyperpretraining: instructions and examples of training tasks, joined."""
     tasks = list(suite(seed)["train"].values())
-    made = []
+    texts = []
     for index in range(count):
         rng = random.Random(f"{seed}/document/{index}")
         task = rng.choice(tasks)
         parts = [rng.choice(task["Definition"])]
         for row in rng.sample(task["Instances"], 8):
-            parts.append(example_text((row["input"], row["output"][0])))
+            parts.append(format_example((row["input"], row["output"][0])))
             if rng.random() < 0.2:
                 parts.append(" " + rng.choice(task["Definition"]))
-        made.append("".join(parts))
-    return made
+        texts.append("".join(parts))
+    return texts
 
 
-def register(data_config: Any, split: str, vocab: Vocabulary) -> str:
-    """Register the suite's tasks of one split with SeqIO; returns the name of their Mixture."""
-    from hyper_t5.tasks.super_ni import register_sni_tasks
+def load_rows(data_config: Any, split: str, vocab: Vocabulary) -> TaskSet:
+    """Load the suite's tasks of one split.
 
+    Raises:
+      UserError: unknown split.
+    """
+    del vocab
     if split not in SPLITS:
-        raise UserError(f"split {split!r} is none of the embedded suite's: {', '.join(SPLITS)}")
-    tasks = suite()[split]
-    return register_sni_tasks("synthetic", split, tasks, vocab, data_config)
+        raise UserError(
+            f"synthetic: split {split!r} is unknown; the splits are {', '.join(SPLITS)}"
+        )
+    return sni_tasks("synthetic", split, suite()[split], data_config)
 
 
 def write(folder: Path, seed: int = 0) -> None:
-    """Write the suite as an official-looking SNI folder: tasks/*.json and splits/default/*.txt."""
+    """Write the suite as a folder in SNI's format: tasks/*.json and splits/default/*.txt."""
     (folder / "tasks").mkdir(parents=True, exist_ok=True)
     (folder / "splits" / "default").mkdir(parents=True, exist_ok=True)
     for split, tasks in suite(seed).items():
@@ -427,40 +430,3 @@ def write(folder: Path, seed: int = 0) -> None:
             names.append(name)
             (folder / "tasks" / f"{name}.json").write_text(json.dumps(task, indent=1))
         (folder / "splits" / "default" / f"{split}_tasks.txt").write_text("\n".join(names) + "\n")
-
-
-def train_vocabulary(path: Path = VOCAB_FILE, seed: int = 0) -> None:
-    """Make the suite's SentencePiece model, which is shipped: every word and letter is one piece.
-
-    ``python -m hyper_t5.tasks.synthetic`` runs this. Frequencies play no part, so that rare words
-    are whole pieces too.
-    """
-    import sentencepiece
-
-    words = {"gives", "Definition", "Input", "Output", "Example", *ALPHABET, *ALPHABET.upper()}
-    for tasks in suite(seed).values():
-        for task in tasks.values():
-            rows = [f"{row['input']} {row['output'][0]}" for row in task["Instances"][:50]]
-            words.update(
-                re.findall(r"[A-Za-z']+|[0-9]|[.,;:]", " ".join(task["Definition"] + rows))
-            )
-    words |= {word.lower() for word in words}
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([word for word in sorted(words) for _ in range(100)]),
-        model_writer=(blob := io.BytesIO()),
-        model_type="bpe",
-        vocab_size=800,
-        user_defined_symbols=["\nInput:", "\nOutput:"],
-        character_coverage=1.0,
-        normalization_rule_name="identity",
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
-        minloglevel=2,
-    )
-    path.write_bytes(blob.getvalue())
-
-
-if __name__ == "__main__":
-    train_vocabulary()

@@ -1,8 +1,9 @@
-"""Plain text as a SeqIO Task, and as the chunks that hyperpretraining reads.
+"""Plain text as a SeqIO Task, and as chunks for hyperpretraining.
 
-`data.text` is a .jsonl, .jsonl.xz (field `text`) or .txt file, a folder or a glob of them; or
-`tfds:NAME` for a TensorFlow Datasets text set such as `tfds:c4/en:3.1.0`; or 'synthetic' for the
-embedded suite's documents. Each is a Task with the one feature `targets`: a document's tokens, EOS.
+``data.text`` is a .jsonl (field ``text``; or .gz, .xz) or .txt file, a folder or a glob of them; or
+``tfds:NAME`` for a text dataset of TensorFlow Datasets, such as ``tfds:c4/en:3.1.0``; or
+'synthetic' for the documents of the embedded suite. The Task has one feature, ``targets``: a
+document's tokens and EOS.
 """
 
 from __future__ import annotations
@@ -17,37 +18,45 @@ from typing import Any
 
 import numpy as np
 
-from hyper_t5.errors import UserError
-from hyper_t5.taskfile import OnBadRow
-from hyper_t5.tasks.common import register_once, seqio, seqio_name, text_features, tf, tfds
-from hyper_t5.text import (
+from hyper_t5.data.task_rows import OnBadRow
+from hyper_t5.data.text_corpus import (
     MIN_CHUNK,
+    SUFFIXES,
     ChunkSource,
     StoredChunks,
     cached_tokens,
     read_documents,
     text_files,
-    tokenise,
+    tokenize,
 )
-from hyper_t5.vocab import Vocabulary
+from hyper_t5.data.vocab import Vocabulary
+from hyper_t5.tasks.seqio_tasks import (
+    register_once,
+    seqio,
+    seqio_name,
+    text_features,
+    tf,
+    tfds,
+)
+from hyper_t5.utils.errors import UserError
 
 TFDS_PREFIX = "tfds:"
-MOST_STREAMS = 256  # files that are open at once
-BLOCK = 1024  # documents of one stream read, and shuffled, together
-HELD = 32768  # documents of all blocks together, so that memory is bounded
+MAX_STREAMS = 256  # open files
+BLOCK = 1024  # documents of a stream that are read and shuffled together
+MAX_IN_MEMORY = 32768  # documents of all blocks together
 
 
 def register(spec: str, vocab: Vocabulary, on_bad_row: OnBadRow = "raise") -> str:
-    """Registers the Task of a `data.text` value; returns its name, such as `text_c4_en_3.1.0`.
+    """Register the Task of a ``data.text`` value; return its name, such as text_c4_en_3.1.0.
 
     Raises:
-        UserError: nothing there to read.
+      UserError: no such text.
     """
     source: seqio.DataSource
     folder = None
     if spec.startswith(TFDS_PREFIX):
         dataset = spec.removeprefix(TFDS_PREFIX)
-        name = seqio_name("text", dataset)
+        name = seqio_name(f"text_{dataset}")
         folder = os.environ.get("TFDS_DATA_DIR")
         try:
             source = seqio.TfdsDataSource(dataset, folder, splits=["train", "validation"])
@@ -60,7 +69,7 @@ def register(spec: str, vocab: Vocabulary, on_bad_row: OnBadRow = "raise") -> st
         documents = _local_documents(spec, on_bad_row)
         digest = hashlib.sha256(spec.encode()).hexdigest()[:8]
         stem = spec.rstrip("/").rsplit("/", 1)[-1].split(".")[0]
-        name = seqio_name("text", f"{stem}_{digest}")
+        name = seqio_name(f"text_{stem}_{digest}")
         source = seqio.FunctionDataSource(
             functools.partial(_dataset, documents=documents), splits=["train"]
         )
@@ -70,19 +79,19 @@ def register(spec: str, vocab: Vocabulary, on_bad_row: OnBadRow = "raise") -> st
 
 
 def open_chunks(data_config: Any, vocab: Vocabulary, seed: int) -> ChunkSource:
-    """The chunks of `data.text`, and its Task registered.
+    """Open the chunks of ``data.text``, and register its Task.
 
-    The chunks do not pass through the Task's tf.data pipeline: that can be read from its start
-    only, and a resumed run wants the chunks of step s at once.
+    Chunks do not pass through the Task's tf.data pipeline, which has no random access: a resumed
+    run needs the chunks of step s at once.
 
     Raises:
-        UserError: `data.text` is empty or names nothing, or bad rows; names file, line, field.
+      UserError: ``data.text`` is empty or does not exist, or bad rows; names file, line, field.
     """
     spec, length = data_config.text, data_config.chunk_length
     if not spec:
         raise UserError(
-            "data.text is empty: stage hyperpretrain needs a .jsonl, .jsonl.xz or .txt file, a "
-            "folder of them, or tfds:NAME"
+            "data.text is empty: stage hyperpretrain needs a file ("
+            f"{', '.join(SUFFIXES)}), a folder of them, or tfds:NAME"
         )
     name = register(spec, vocab, data_config.on_bad_row)
     if spec.startswith(TFDS_PREFIX):
@@ -90,7 +99,7 @@ def open_chunks(data_config: Any, vocab: Vocabulary, seed: int) -> ChunkSource:
         builder = _builder(source, spec)
         return TfdsChunks(builder, vocab, length, seed, data_config.tasks_per_batch)
     if spec == "synthetic":
-        store = tokenise(_local_documents(spec, data_config.on_bad_row)(), vocab)
+        store = tokenize(_local_documents(spec, data_config.on_bad_row)(), vocab)
     else:
         store = cached_tokens(
             text_files(spec), vocab, data_config.get("cache_dir", ""), data_config.on_bad_row
@@ -154,18 +163,16 @@ def _builder(source: seqio.TfdsDataSource, spec: str) -> tfds.core.DatasetBuilde
 
 
 class Units:
-    """The documents of a TFDS split in units of `size` that follow each other in one file.
+    """Units of consecutive documents of a TFDS split, which are read in parallel.
 
-    A unit is a shard or, where there are fewer shards than `wanted`, one of equal parts of a shard:
-    units can be read side by side, each from start to end. They are equally long, for a draw's
-    place to be a division; what a shard has beyond its whole units is never read. Of the sizes that
-    shards offer the one that leaves out the fewest documents is taken (of C4, whose shards differ
-    by chance alone, under 1%).
+    A unit is a shard or, where there are fewer shards than ``wanted``, a part of a shard. All units
+    have the same size, so that the position of a draw is a division; the remainder of a shard is
+    never read. The size is the one that skips the fewest documents (of C4, under 1%).
 
     Attributes:
-        size: documents a unit.
-        starts: the first document of each unit, by its number in the split [units].
-        left_out: documents that no unit has.
+      size: documents in a unit.
+      starts: [units] number of each unit's first document in the split.
+      left_out: number of documents in no unit.
     """
 
     def __init__(self, shard_lengths: Sequence[int], wanted: int) -> None:
@@ -188,31 +195,30 @@ class Units:
 
 @dataclass
 class _Stream:
-    """What is open of a stream: the block that its last draw is of, and the unit's later ones."""
+    """State of a stream: the block of its last draw, and the rest of the unit."""
 
     turn: int
     block: int
-    texts: list[bytes]  # in the order of draws
+    texts: list[bytes]  # of the block, in the order of draws
     following: Iterator[np.ndarray]
 
 
 class TfdsChunks:
-    """Chunks of a prepared TFDS text set that is too large to tokenise beforehand.
+    """Chunks of a prepared TFDS text dataset, tokenized on the fly.
 
-    Draw i is a random chunk of one document, and which document follows from (seed, i) without
-    reading what came before, so that a run can go on at any step, on any number of hosts.
+    Draw i is a random chunk of one document, and both are a function of (seed, i): a run resumes at
+    any step, on any number of processes.
 
-    There are S streams, S being the largest divisor of the T draws of a step that is at most
-    MOST_STREAMS. The draws of a step are dealt out in runs of T / S, so that a host's slots, which
-    are neighbours, are of streams that no other host reads (where the number of hosts divides S).
-    The streams take units (see Units) in turn: the t-th of stream s is entry t S + s of an endless
-    sequence, in which every epoch is a permutation of all units. In a unit a stream reads block
-    after block, each shuffled. So it reads straight on; only for the first draw, and for one out of
-    order, it looks for the place, which passes over records of one file without parsing them. A set
-    of at most HELD documents is read once and kept.
+    There are S streams, where S is the largest divisor of the T draws of a step that is at most
+    MAX_STREAMS. Each stream has T / S consecutive draws of a step, so that no two processes read
+    one stream (if the number of processes divides S). Unit t of stream s is entry t S + s of an
+    endless sequence of permutations of all units (see Units). A stream reads its unit sequentially,
+    block by block, each shuffled; only the first draw, or one out of order, seeks, which skips
+    records of one file without parsing them. A dataset of at most MAX_IN_MEMORY documents is read
+    once.
 
     Raises:
-        UserError: no training documents, or a set without the field text.
+      UserError: no training documents, or a dataset without field ``text``.
     """
 
     def __init__(
@@ -226,8 +232,8 @@ class TfdsChunks:
     ) -> None:
         name, split = builder.info.full_name, builder.info.splits["train"]
         if "text" not in builder.info.features:
-            found = ", ".join(builder.info.features)
-            raise UserError(f"data.text: {name} has no field text, but {found}")
+            fields = ", ".join(builder.info.features)
+            raise UserError(f"data.text: {name} has no field text; its fields are {fields}")
         if not split.num_examples:
             raise UserError(f"data.text: {name} has no training documents")
         self._builder = builder
@@ -235,77 +241,77 @@ class TfdsChunks:
         self._length = length
         self._seed = seed % 2**63
         self._draws = tasks_per_batch
-        most = min(MOST_STREAMS, tasks_per_batch)
+        most = min(MAX_STREAMS, tasks_per_batch)
         self._streams = max(s for s in range(1, most + 1) if tasks_per_batch % s == 0)
         self._units = Units(split.shard_lengths, self._streams)
-        self._block = max(1, min(block, HELD // self._streams, self._units.size))
+        self._block = max(1, min(block, MAX_IN_MEMORY // self._streams, self._units.size))
         self._blocks_each = self._units.size // self._block  # the last has the remainder too
         self._open: dict[int, _Stream] = {}
         self._order: tuple[int, np.ndarray] = (-1, self._units.starts)
-        self._kept: dict[int, list[np.ndarray]] | None = {} if split.num_examples <= HELD else None
+        in_memory = split.num_examples <= MAX_IN_MEMORY
+        self._cache: dict[int, list[np.ndarray]] | None = {} if in_memory else None
         if self._units.left_out > split.num_examples // 100:
             print(
-                f"data.text: of {name}'s {split.num_examples} documents {self._units.left_out} are "
-                f"never read: its files are cut in {len(self._units)} units of {self._units.size}, "
-                "and these are left over"
+                f"data.text: {self._units.left_out} of {name}'s {split.num_examples} documents are "
+                f"never read: they are beyond its {len(self._units)} units of {self._units.size}"
             )
 
     def chunks(self, first: int, count: int) -> list[np.ndarray]:
-        """Draws first, ..., first + count - 1 (see text.ChunkSource).
+        """Return draws first, ..., first + count - 1 (see text_corpus.ChunkSource).
 
         Raises:
-            UserError: a file cannot be read, or no document of a block is long enough.
+          UserError: a file cannot be read, or no document of a block is long enough.
         """
         draws = range(first, first + count)
-        # The blocks are held here: the batch may go on into the next ones.
-        found = [self._find(index) for index in draws]
-        encoded = self._vocab.encode_batch([_text(texts[place]) for texts, place in found])
+        # All blocks are referenced here: a later draw may advance a stream to its next block.
+        located = [self._locate(draw) for draw in draws]
+        encoded = self._vocab.encode_batch([_text(texts[i]) for texts, i in located])
         return [
-            self._cut(ids, index, texts, place)
-            for ids, index, (texts, place) in zip(encoded, draws, found, strict=True)
+            self._cut(ids, draw, texts, i)
+            for ids, draw, (texts, i) in zip(encoded, draws, located, strict=True)
         ]
 
-    def _cut(self, ids: list[int], index: int, texts: list[bytes], place: int) -> np.ndarray:
-        others = self._stand_ins(index, texts, place)
+    def _cut(self, ids: list[int], draw: int, texts: list[bytes], index: int) -> np.ndarray:
+        others = self._replacements(draw, texts, index)
         while len(ids) < MIN_CHUNK:
             text = next(others, None)
             if text is None:
                 raise UserError(f"data.text: no document of a whole block has {MIN_CHUNK} tokens")
             ids = self._vocab.encode(text)
-        rng = np.random.default_rng([self._seed, 3, index])
+        rng = np.random.default_rng([self._seed, 3, draw])
         start = int(rng.integers(max(0, len(ids) - self._length) + 1))
         return np.array(ids[start : start + self._length], np.int32)
 
-    def _stand_ins(self, index: int, texts: list[bytes], place: int) -> Iterator[str]:
-        """What may stand in for too short a document: the next ones in its block.
+    def _replacements(self, draw: int, texts: list[bytes], index: int) -> Iterator[str]:
+        """Yield replacements for a document that is too short: the next ones in its block.
 
-        Blocks of a small set may be as small as one document: then those of its other units too.
+        Blocks of a small dataset may have one document; then those of the other units follow.
         """
         for shift in range(1, len(texts)):
-            yield _text(texts[(place + shift) % len(texts)])
-        for start in np.roll(self._units.starts, -index) if self._kept is not None else ():
+            yield _text(texts[(index + shift) % len(texts)])
+        for start in np.roll(self._units.starts, -draw) if self._cache is not None else ():
             for block in self._blocks(int(start), 0):
                 yield from map(_text, block)
 
-    def _find(self, index: int) -> tuple[list[bytes], int]:
-        """The block of a draw, and the draw's place in it."""
-        step, slot = divmod(index, self._draws)
+    def _locate(self, draw: int) -> tuple[list[bytes], int]:
+        """Return the block of a draw, and the draw's index in it."""
+        step, slot = divmod(draw, self._draws)
         each = self._draws // self._streams
-        stream, place = slot // each, step * each + slot % each
-        turn, place = divmod(place, self._units.size)
-        block = min(place // self._block, self._blocks_each - 1)
-        place -= block * self._block
-        at = self._open.get(stream)
-        if at is None or (at.turn, at.block) != (turn, block):
-            # Without the old one, should this fail: its blocks would be out of step.
-            at = self._open[stream] = self._next(self._open.pop(stream, None), stream, turn, block)
-        return at.texts, place
+        number, position = slot // each, step * each + slot % each
+        turn, position = divmod(position, self._units.size)
+        block = min(position // self._block, self._blocks_each - 1)
+        stream = self._open.get(number)
+        if stream is None or (stream.turn, stream.block) != (turn, block):
+            # Removed first: after a failure its blocks would be out of step.
+            previous = self._open.pop(number, None)
+            stream = self._open[number] = self._advance(previous, number, turn, block)
+        return stream.texts, position - block * self._block
 
-    def _next(self, at: _Stream | None, stream: int, turn: int, block: int) -> _Stream:
-        """A stream at another block: read on where the last one ended or, failing that, found."""
-        entry = turn * self._streams + stream
-        if at is not None and (at.turn, at.block + 1) == (turn, block):
-            following = at.following
+    def _advance(self, previous: _Stream | None, number: int, turn: int, block: int) -> _Stream:
+        """Return a stream at another block: read sequentially where possible, else by seeking."""
+        entry = turn * self._streams + number
+        if previous is not None and (previous.turn, previous.block + 1) == (turn, block):
+            following = previous.following
         else:
             epoch, position = divmod(entry, len(self._units))
             following = self._blocks(int(self._starts(epoch)[position]), block)
@@ -316,16 +322,16 @@ class TfdsChunks:
         return _Stream(turn, block, [texts[i] for i in shuffle], following)
 
     def _blocks(self, start: int, block: int) -> Iterator[np.ndarray]:
-        """The blocks of the unit that begins at a document, from one of them on."""
+        """Return the blocks of the unit that begins at a document, from ``block`` on."""
         end = start + self._units.size
-        if self._kept is None:
+        if self._cache is None:
             return read_blocks(self._builder, start + block * self._block, end, self._block)
-        if start not in self._kept:
-            self._kept[start] = list(read_blocks(self._builder, start, end, self._block))
-        return iter(self._kept[start][block:])
+        if start not in self._cache:
+            self._cache[start] = list(read_blocks(self._builder, start, end, self._block))
+        return iter(self._cache[start][block:])
 
     def _starts(self, epoch: int) -> np.ndarray:
-        """The units of an epoch in their order, by their first documents."""
+        """Return the first documents of an epoch's units, in order."""
         if self._order[0] != epoch:
             rng = np.random.default_rng([self._seed, 4, epoch])
             self._order = (epoch, rng.permutation(self._units.starts))
@@ -338,7 +344,7 @@ class TfdsChunks:
             if more is None:
                 raise UserError(
                     f"data.text: {self._builder.info.full_name} has fewer documents in a file than "
-                    "its dataset_info.json says; prepare it again"
+                    "in its dataset_info.json; prepare it again"
                 )
             texts.extend(more)
         return texts
@@ -347,22 +353,22 @@ class TfdsChunks:
 def read_blocks(
     builder: tfds.core.DatasetBuilder, begin: int, end: int, block: int
 ) -> Iterator[np.ndarray]:
-    """Texts of documents begin, ..., end - 1 of split 'train', `block` at a time.
+    """Read texts of documents begin, ..., end - 1 of split 'train', ``block`` at a time.
 
-    The documents are of one file; those before `begin` in it are passed over unparsed. The next
-    block is read while one is in use. Few threads: hundreds of these are open at once.
+    The documents are in one file; those before ``begin`` are skipped unparsed. One block is
+    prefetched. Uses few threads, because hundreds of these are open at once.
 
     Args:
-        builder: of a prepared set.
-        begin: number of the first document in the split.
-        end: one after the last.
-        block: how many make one array; the last may have fewer.
+      builder: builder of a prepared dataset.
+      begin: number of the first document in the split.
+      end: number after the last document.
+      block: documents in an array; the last may have fewer.
 
     Yields:
-        1-D arrays of bytes, one after the other.
+      1-D arrays of bytes.
 
     Raises:
-        UserError: a file is not there, is damaged, or is of a format that cannot be read in order.
+      UserError: a file is missing, damaged, or of a format without sequential access.
     """
     options = tf.data.Options()
     options.autotune.enabled = False
@@ -390,6 +396,6 @@ def _text(raw: bytes) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    """What an error says, without the names that TensorFlow has for its own parts."""
-    said = re.sub(r"\{\{.*?\}\} *| *\[Op:.*", "", str(error).strip())
-    return said.splitlines()[0] if said else type(error).__name__
+    """Return the first line of an error's message, without TensorFlow's node names."""
+    message = re.sub(r"\{\{.*?\}\} *| *\[Op:.*", "", str(error).strip())
+    return message.splitlines()[0] if message else type(error).__name__

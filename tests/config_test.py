@@ -1,8 +1,10 @@
-"""Configs: typed fields, overrides, JSON, resume, cross-field checks; one line for a mistake."""
+"""Configs: typed fields, overrides, renamed fields, JSON, resume, cross-field checks."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,15 +13,17 @@ from typing import Any
 import pytest
 from ml_collections import ConfigDict
 
+import hyper_t5
 from hyper_t5 import config as config_lib
-from hyper_t5 import model, overrides, t5, workdir
-from hyper_t5.errors import UserError
+from hyper_t5 import model, t5
+from hyper_t5.checkpoints import workdir
 from hyper_t5.hypermodels import SYSTEMS
-from hyper_t5.overrides import flatten
+from hyper_t5.utils import overrides
+from hyper_t5.utils.errors import UserError
+from hyper_t5.utils.overrides import flatten
 
 pytestmark = pytest.mark.smoke
 
-REPO = Path(__file__).resolve().parents[1]
 BACKBONE = "backbone.path=somewhere"
 
 
@@ -150,10 +154,10 @@ def test_unknown_field_names_the_nearest(plain: str, text: str, expected: str) -
 
 def test_order_is_file_then_gin_files_then_flags(tmp_path: Path) -> None:
     file = config_file(tmp_path, "config.train.update(steps=1, keep=1, log_every=1, save_every=1)")
-    one, two = tmp_path / "one.gin", tmp_path / "two.gin"
-    one.write_text("train.keep = 2\ntrain.log_every = 2\ntrain.save_every = 2\n")
-    two.write_text("train.log_every = 3\ntrain.save_every = 3\n")
-    train = config_lib.load(file, ["train.save_every=4"], [one, two]).train
+    first, second = tmp_path / "first.gin", tmp_path / "second.gin"
+    first.write_text("train.keep = 2\ntrain.log_every = 2\ntrain.save_every = 2\n")
+    second.write_text("train.log_every = 3\ntrain.save_every = 3\n")
+    train = config_lib.load(file, ["train.save_every=4"], [first, second]).train
     assert (train.steps, train.keep, train.log_every, train.save_every) == (1, 2, 3, 4)
 
 
@@ -187,6 +191,44 @@ def test_gin_file_mistake_names_file_and_line(
 
 def test_missing_gin_file(tmp_path: Path, plain: str) -> None:
     assert "nothing.gin" in error_of(plain, [], [tmp_path / "nothing.gin"])
+
+
+# ------------------------------------------------------------------------------- renamed fields
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("eval.how", "eval.method"), ("data.encoding", "data.template")]
+)
+def test_renamed_field_is_refused_by_its_old_name(
+    tmp_path: Path, plain: str, old: str, new: str
+) -> None:
+    fields = flatten(config_lib.defaults())
+    assert old not in fields
+    assert new in fields
+    message = f"{old} is now {new}; use that name"
+    value = fields[new]
+    assert error_of(plain, [f"{old}={value}"]) == f"--gin: {message}"
+    gin = tmp_path / "a.gin"
+    gin.write_text(f"seed = 1\n{old} = {value}\n")
+    assert error_of(plain, [], [gin]) == f"{gin}:2: {message}"
+    section, _, name = old.partition(".")
+    written = config_lib.defaults().to_dict()
+    written[section][name] = written[section].pop(new.partition(".")[2])
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(written))
+    with pytest.raises(UserError) as error:
+        workdir.load_config(tmp_path)
+    assert str(error.value) == f"{path}: {message}"
+    # Adapter folders of earlier versions still load.
+    config = config_lib.from_adapter(written, "adapter")
+    assert flatten(config) == fields
+
+
+@pytest.mark.parametrize("values", [None, [], {"eval": 3}, {"eval.hwo": "auto"}])
+def test_bad_config_of_an_adapter_is_one_line(values: Any) -> None:
+    with pytest.raises(UserError, match=r"^adapter: ") as error:
+        config_lib.from_adapter(values, "adapter")
+    assert "\n" not in str(error.value)
 
 
 # ---------------------------------------------------------------------------------- config files
@@ -225,8 +267,9 @@ def test_unknown_size_names_the_nearest(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("body", "expected"),
     [
-        ("config.train.stpes = 3", "steps"),
-        ("config.trian.steps = 3", "train"),
+        ("config.train.stpes = 3", "mine.py:5: unknown field stpes, the nearest is train.steps"),
+        ("config.trian.steps = 3", "mine.py:5: unknown field trian, the nearest is train"),
+        ("config.eval.how = 'rank'", "mine.py:5: eval.how is now eval.method; use that name"),
         ("config.train.steps = 'x'", "mine.py:5: TypeError: "),
         ("1 / 0", "mine.py:5: ZeroDivisionError: division by zero"),
         ("assert False", "mine.py:5: AssertionError"),
@@ -257,22 +300,17 @@ def test_missing_config_file_names_the_nearest_shipped() -> None:
 @pytest.mark.parametrize("name", ["mtf", "hyperpretrain"])
 @pytest.mark.parametrize("arg", ["", ":system=hyper_lora,size=xl"])
 def test_shipped_config_is_valid(name: str, arg: str) -> None:
-    file = REPO / "configs" / f"{name}.py"
-    config = config_lib.load(f"{file}{arg}", [BACKBONE])
+    config = config_lib.load(f"configs/{name}.py{arg}", [BACKBONE])
     config_lib.validate(config)
     assert config_lib.t5_config(config).emb_dim == (2048 if arg else 1024)
 
 
-def test_shipped_config_is_found_from_any_directory(tmp_path: Path) -> None:
-    """The layout that a wheel installs, and a folder where no configs/ is."""
+def test_shipped_config_loads_in_any_directory(tmp_path: Path) -> None:
+    """Load from an installed package, without links, in a folder without configs/."""
     site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
     elsewhere.mkdir()
-    folders = {"hyper_t5": "hyper_t5", "configs": "hyper_t5/configs"}
-    folders["hyper_t5/hypermodels"] = "hyper_t5/hypermodels"
-    for source, target in folders.items():
-        (site / target).mkdir(parents=True)
-        for file in (REPO / source).glob("*.py"):
-            (site / target / file.name).write_bytes(file.read_bytes())
+    skip = shutil.ignore_patterns("__pycache__", "assets")
+    shutil.copytree(Path(hyper_t5.__file__).parent, site / "hyper_t5", ignore=skip)
     code = (
         "from hyper_t5 import config as c; import hyper_t5; print(hyper_t5.__file__);"
         "print(c.load('configs/mtf.py:size=xl').model.emb_dim)"
@@ -286,8 +324,8 @@ def test_shipped_config_is_found_from_any_directory(tmp_path: Path) -> None:
 
 
 def test_json_round_trip(plain: str) -> None:
-    given = ["data.shots=1,1", "adapter.prefix_sites=()", "optimizer.learning_rate=3e-5"]
-    config = config_lib.load(plain, given)
+    values = ["data.shots=1,1", "adapter.prefix_sites=()", "optimizer.learning_rate=3e-5"]
+    config = config_lib.load(plain, values)
     again = config_lib.from_json(config_lib.to_json(config))
     assert overrides.flatten(again) == overrides.flatten(config)
     assert [type(v) for v in overrides.flatten(again).values()] == [
@@ -319,20 +357,24 @@ def test_differences_leaves_out_the_allowed(plain: str) -> None:
 
 def test_resume_refuses_another_config_and_keeps_the_old(tmp_path: Path, plain: str) -> None:
     run = tmp_path / "run"
-    assert workdir.check_resume(run, config_lib.load(plain, ["adapter.lora_rank=5"])) == []
-    assert workdir.check_resume(run, config_lib.load(plain)) == []  # nothing was trained yet
+    assert workdir.write_or_check_config(run, config_lib.load(plain, ["adapter.lora_rank=5"])) == []
+    assert (
+        workdir.write_or_check_config(run, config_lib.load(plain)) == []
+    )  # nothing was trained yet
     (run / "checkpoints" / "1").mkdir(parents=True)
     before = (run / "config.json").read_bytes()
     with pytest.raises(UserError, match=r"adapter.lora_rank: 16 -> 4.*another --workdir"):
-        workdir.check_resume(run, config_lib.load(plain, ["adapter.lora_rank=4", "train.steps=9"]))
+        workdir.write_or_check_config(
+            run, config_lib.load(plain, ["adapter.lora_rank=4", "train.steps=9"])
+        )
     assert (run / "config.json").read_bytes() == before
 
 
 def test_resume_may_run_longer_and_records_it(tmp_path: Path, plain: str) -> None:
-    workdir.check_resume(tmp_path, config_lib.load(plain))
+    workdir.write_or_check_config(tmp_path, config_lib.load(plain))
     (tmp_path / "checkpoints" / "1").mkdir(parents=True)
     longer = config_lib.load(plain, ["train.steps=5000", "eval.split=test", "data.text=moved"])
-    assert workdir.check_resume(tmp_path, longer) == [
+    assert workdir.write_or_check_config(tmp_path, longer) == [
         "data.text: '' -> 'moved'",
         "eval.split: '' -> 'test'",
         "train.steps: 1000 -> 5000",
@@ -351,16 +393,16 @@ def test_workdir_without_or_with_a_broken_config(tmp_path: Path, plain: str) -> 
         workdir.load_config(tmp_path)
     (tmp_path / "checkpoints" / "1").mkdir(parents=True)
     with pytest.raises(UserError, match=r"checkpoints but no config.json"):
-        workdir.check_resume(tmp_path, config_lib.load(plain))
+        workdir.write_or_check_config(tmp_path, config_lib.load(plain))
     (tmp_path / "config.json").write_text('{"seed": ')
     with pytest.raises(UserError, match=r"config.json:1: truncated"):
-        workdir.check_resume(tmp_path, config_lib.load(plain))
+        workdir.write_or_check_config(tmp_path, config_lib.load(plain))
 
 
 def test_no_space_for_the_config_keeps_the_previous(
     tmp_path: Path, plain: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    workdir.check_resume(tmp_path, config_lib.load(plain))
+    workdir.write_or_check_config(tmp_path, config_lib.load(plain))
     before = (tmp_path / "config.json").read_bytes()
 
     def full(descriptor: int) -> None:
@@ -368,23 +410,24 @@ def test_no_space_for_the_config_keeps_the_previous(
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(UserError, match=r"cannot write .*config.json: No space left"):
-        workdir.check_resume(tmp_path, config_lib.load(plain, ["train.steps=5000"]))
+        workdir.write_or_check_config(tmp_path, config_lib.load(plain, ["train.steps=5000"]))
     assert (tmp_path / "config.json").read_bytes() == before
     assert {p.name for p in tmp_path.iterdir()} == {"config.json", "mine.py"}
 
 
 def test_one_process_trains_in_a_workdir(tmp_path: Path) -> None:
-    code = f"from hyper_t5 import workdir\nwith workdir.hold({str(tmp_path)!r}): print('held')"
-    with workdir.hold(tmp_path):
+    code = "from hyper_t5.checkpoints import workdir\n"
+    code += f"with workdir.lock({str(tmp_path)!r}): print('held')"
+    with workdir.lock(tmp_path):
         other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "is being trained in by process" in other.stderr
     assert other.stdout == ""
-    with workdir.hold(tmp_path):
+    with workdir.lock(tmp_path):
         pass
 
 
 def test_workdir_that_is_a_file(plain: str) -> None:
-    with pytest.raises(UserError, match=r"mine\.py"), workdir.hold(plain):
+    with pytest.raises(UserError, match=r"mine\.py"), workdir.lock(plain):
         pass
 
 
@@ -392,11 +435,11 @@ def test_workdir_that_is_a_file(plain: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("values", "expected"),
     [
         (["stage=mft"], "unknown stage 'mft', the nearest is 'mtf'"),
         (["hypermodel.reader=layrwise"], "the nearest is 'layerwise'"),
-        (["optimizer.name=adam"], "the nearest is 'adamw'; known: adafactor, adamw"),
+        (["optimizer.name=adam"], "the nearest is 'adamw'; known: adamw, adafactor"),
         (["optimizer.schedule=cos"], "the nearest is 'cosine'"),
         (["model.dtype=float16"], "model.dtype: float16 is refused, because"),
         (["backbone.dtype=float16"], "backbone.dtype: float16 is refused, because"),
@@ -404,14 +447,17 @@ def test_workdir_that_is_a_file(plain: str) -> None:
         (["model.dropout_rate=1"], "model.dropout_rate must be at least 0 and below 1, not 1.0"),
         (["data.input_length=0"], "data.input_length must be 1 or more, not 0"),
         (["train.steps=-1"], "train.steps must be 1 or more, not -1"),
-        (["seed=-1"], "seed must be 0 or more"),
+        (["seed=-1"], "seed must be at least 0"),
         (["optimizer.learning_rate=0"], "optimizer.learning_rate must be above 0"),
         (["data.shots=2,1"], "data.shots is the fewest and the most"),
         (["data.shots=1,2,3"], "data.shots is the fewest and the most"),
         (["data.shots=-1,2"], "data.shots is the fewest and the most"),
         (["data.use_instruction=False", "data.shots=0,0"], "data.shots=0,0 and eval.shots=2"),
         (["data.use_instruction=False", "eval.shots=0"], "data.shots=0,2 and eval.shots=0"),
-        (["train.microbatches=3"], "data.tasks_per_batch=8 cannot be cut in train.microbatches=3"),
+        (
+            ["train.microbatches=3"],
+            "data.tasks_per_batch=8 cannot be divided into train.microbatches=3",
+        ),
         (["backbone.path="], "backbone.path is empty"),
         (["hypermodel.gist_tokens=2", "hypermodel.reader=decoder_queries"], "set it to 0"),
         (["adapter.lora_targets=enc_self.qery"], "the nearest is 'enc_self.query'"),
@@ -419,16 +465,16 @@ def test_workdir_that_is_a_file(plain: str) -> None:
         (["adapter.lora_rank_pattern=query=4.5"], "'query=4.5' gives no whole number above 0"),
         (["adapter.lora_alpha_pattern=query"], "'query' gives no number above 0"),
         (["adapter.prefix_sites=enc_mlp"], "unknown adapter.prefix_sites 'enc_mlp'"),
-        (["adapter.prefix_sites=enc_self,enc_self"], "names one place twice"),
+        (["adapter.prefix_sites=enc_self,enc_self"], "lists one site twice"),
         (["adapter.bottleneck_sites=enc_self"], "unknown adapter.bottleneck_sites 'enc_self'"),
         (["adapter.bottleneck_sizes=4,0"], "adapter.bottleneck_sizes must each be 1 or more"),
         (["adapter.bottleneck_activation=gellu"], "the nearest is 'gelu'"),
-        (["stage=peft", "system=concat"], "stage=peft tunes adapters on the tasks that are judged"),
+        (["stage=peft", "system=concat"], "stage=peft tunes adapters on the evaluated tasks"),
         (["optimizer.backbone_step_offset=1"], "is beyond optimizer.first_step=0; lower it"),
     ],
 )
-def test_contradiction_is_refused(plain: str, given: list[str], expected: str) -> None:
-    config = config_lib.load(plain, [BACKBONE, *given])
+def test_contradiction_is_refused(plain: str, values: list[str], expected: str) -> None:
+    config = config_lib.load(plain, [BACKBONE, *values])
     with pytest.raises(UserError) as e:
         config_lib.validate(config)
     assert expected in str(e.value)
@@ -436,7 +482,7 @@ def test_contradiction_is_refused(plain: str, given: list[str], expected: str) -
 
 
 @pytest.mark.parametrize(
-    "given",
+    "values",
     [
         ["data.use_instruction=False"],
         ["data.use_instruction=False", "data.shots=0,0", "stage=hyperpretrain"],
@@ -448,8 +494,8 @@ def test_contradiction_is_refused(plain: str, given: list[str], expected: str) -
         ["adapter.lora_targets=enc_mlp.wi_0"],
     ],
 )
-def test_sense_is_not_refused(plain: str, given: list[str]) -> None:
-    config_lib.validate(config_lib.load(plain, [BACKBONE, *given]))
+def test_valid_combinations_are_accepted(plain: str, values: list[str]) -> None:
+    config_lib.validate(config_lib.load(plain, [BACKBONE, *values]))
 
 
 def test_unknown_system_names_the_nearest(plain: str) -> None:
@@ -499,11 +545,11 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 def test_published_config(name: str) -> None:
     config = config_lib.load(f"configs/{name}", [BACKBONE])
     config_lib.validate(config)
-    found = flatten(config)
-    assert {field: found[field] for field in PUBLISHED[name]} == PUBLISHED[name]
-    m = model.build(config, config_lib.t5_config(config))
+    values = flatten(config)
+    assert {field: values[field] for field in PUBLISHED[name]} == PUBLISHED[name]
+    m = model.build_model(config, config_lib.t5_config(config))
     if m.hypermodel is not None:  # and it can be built at that size
-        model.shapes_of_hypermodel(m)
+        model.hypermodel_shapes(m)
 
 
 def test_every_system_is_in_a_config_of_published_size() -> None:

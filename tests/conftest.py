@@ -1,4 +1,4 @@
-"""What every test shares: a CPU of eight devices, a cache of compiled code, the reference data."""
+"""Shared by all tests: a CPU of eight devices, a cache of compiled code, the reference data."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-import procs
+from tests.support import processes, reference_data
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def _compile_cache() -> Path:
-    """The folder for compiled code, one a kind of processor: XLA's CPU code is made for its own."""
+    """Return the folder for compiled code, which XLA specializes for a kind of processor."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
@@ -30,7 +30,7 @@ def _compile_cache() -> Path:
 # Before the first import of JAX, and in the environment so that subprocesses get it too.
 _defaults = {
     "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": procs.cpu_flags(8),
+    "XLA_FLAGS": processes.cpu_flags(8),
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     "JAX_COMPILATION_CACHE_DIR": str(_compile_cache()),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
@@ -45,7 +45,7 @@ for _name, _value in _defaults.items():
 if importlib.util.find_spec("hypothesis"):
     from hypothesis import HealthCheck, settings
 
-    # A busy machine is no failure: neither an example nor making one has a time limit.
+    # No time limits, so that a busy machine fails no test.
     _slow = [HealthCheck.too_slow]
     settings.register_profile("hyper_t5", deadline=None, suppress_health_check=_slow)
     settings.load_profile("hyper_t5")
@@ -57,22 +57,19 @@ for _entry in _compile_cache().glob("*-cache"):
 
 @pytest.fixture(scope="session")
 def repo_root() -> Path:
-    """The root of the repository that these tests lie in."""
+    """Return the root of the repository."""
     return ROOT
 
 
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
-    """Reference data outside the repository: HYPER_T5_SHARED, or `shared` beside the root."""
-    folder = Path(os.environ.get("HYPER_T5_SHARED") or ROOT.parent / "shared")
-    if not folder.is_dir():
-        pytest.skip(f"no reference data at {folder}; set HYPER_T5_SHARED to its folder")
-    return folder
+    """Return the folder of reference data: HYPER_T5_SHARED, or `shared` beside the root."""
+    return reference_data.find(os.environ.get("HYPER_T5_SHARED"), ROOT.parent / "shared")
 
 
 @pytest.fixture(scope="session")
 def real_data(shared_dir: Path) -> Callable[[str], Path]:
-    """Unpacks a set of the reference data ("sni", "p3", "metaicl", "text"), once a checkout."""
+    """Unpack a set of the reference data ("sni", "p3", "metaicl", "text"), once per checkout."""
 
     def unpack(name: str) -> Path:
         [archive] = (shared_dir / "data").glob(f"{name}.tar*")

@@ -1,11 +1,10 @@
-"""What README.md, docs/ and the configs' docstrings tell to type: it parses, and it is there."""
+"""Commands, overrides and paths in README.md, docs/ and config docstrings parse and exist."""
 
 from __future__ import annotations
 
 import ast
 import functools
 import itertools
-import json
 import re
 import shlex
 import subprocess
@@ -16,37 +15,39 @@ from typing import Any, NamedTuple
 
 import pytest
 
-import runs
 from hyper_t5 import cli
 from hyper_t5 import config as config_lib
-from hyper_t5.overrides import read_overrides
+from hyper_t5.utils.flags import GIN
+from hyper_t5.utils.overrides import read_overrides
+from tests.support import tiny_runs
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
+COMMANDS = cli.COMMANDS.choices
 PROGRAM = re.compile(r"^(?:\S+=\S+ )*(?:\S*bin/|\S*python[\d.]* -m )?hyper[-_]t5 (?=[a-z-])")
 
 
 class Block(NamedTuple):
-    """Fenced code: its language ('' for none) and text."""
+    """Fenced code block; the language is '' if none is named."""
 
     language: str
     text: str
 
 
 def blocks(text: str) -> list[Block]:
-    """The fenced code of a Markdown text."""
-    found = re.findall(r"^```(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    return [Block(*parts) for parts in found]
+    """Return the fenced code blocks of a Markdown text."""
+    pairs = re.findall(r"^```(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return [Block(*pair) for pair in pairs]
 
 
 def spans(text: str) -> list[str]:
-    """The inline code of a Markdown text; what it takes from a table, without the escapes."""
+    """Return the inline code of a Markdown text, without the escapes of table cells."""
     prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
     return [" ".join(span.replace(r"\|", "|").split()) for span in re.findall(r"`([^`]+)`", prose)]
 
 
 def lines(code: str) -> Iterator[str]:
-    """Lines of shell: continued ones joined, variables set before filled in, no comments."""
+    """Yield lines of shell: continuations joined, variables substituted, comments removed."""
     variables: dict[str, str] = {}
     for line in re.sub(r"\s*\\\n\s*", " ", code).splitlines():
         line = re.sub(r"\s+#.*", "", line.strip().removeprefix("$ "))
@@ -58,23 +59,23 @@ def lines(code: str) -> Iterator[str]:
 
 
 def texts() -> dict[str, tuple[str, list[str]]]:
-    """Name -> (code, inline code) of all that tells what to type."""
-    found = {}
+    """Return file -> (shell code, inline code) of README, docs and configs."""
+    result = {}
     for file in [README, *sorted((ROOT / "docs").glob("*.md"))]:
         text = file.read_text(encoding="utf-8")
         shell = [b.text for b in blocks(text) if b.language in ("", "bash", "sh", "console")]
-        found[str(file.relative_to(ROOT))] = ("\n".join(shell), spans(text))
+        result[str(file.relative_to(ROOT))] = ("\n".join(shell), spans(text))
     for file in sorted((ROOT / "configs").glob("*.py")):
         doc = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
-        found[str(file.relative_to(ROOT))] = (doc, [])
-    return found
+        result[str(file.relative_to(ROOT))] = (doc, [])
+    return result
 
 
 TEXTS = texts()
 
 
 def commands() -> list[tuple[str, str]]:
-    """(file, command line) of every whole command."""
+    """Return (file, command line) of every complete command."""
     return [
         (name, line)
         for name, (code, _) in TEXTS.items()
@@ -84,27 +85,27 @@ def commands() -> list[tuple[str, str]]:
 
 
 def mentions() -> list[tuple[str, str]]:
-    """(file, text) of inline code that names a command, which may be without its flags."""
-    found = []
+    """Return (file, text) of inline code that names a command, perhaps without its flags."""
+    result = []
     for name, (_, inline) in TEXTS.items():
         for span in inline:
             text = PROGRAM.sub("", span)
-            if text != span or text.split()[0] in cli.COMMANDS:
-                found.append((name, text))
-    return found
+            if text != span or text.split()[0] in COMMANDS:
+                result.append((name, text))
+    return result
 
 
 def words(line: str) -> list[str]:
-    """The arguments of a command, with `DIR...` as one DIR and `a|b` as a."""
+    """Split a command into its arguments, with `DIR...` as one DIR and `a|b` as a."""
     plain = PROGRAM.sub("", line).replace("...", "")
     return [re.sub(r"(?<=\w)\|.*", "", word) for word in shlex.split(plain)]
 
 
-def test_something_is_found() -> None:
+def test_commands_are_extracted() -> None:
     whole, inline = commands(), mentions()
     assert {name for name, _ in whole} >= {"README.md", "configs/mtf.py", "configs/laptop.py"}
     assert any("--gin.data.vocab" in line for name, line in whole if "laptop" in name)
-    assert {text.split()[0] for _, text in inline} & set(cli.COMMANDS)
+    assert {text.split()[0] for _, text in inline} & COMMANDS.keys()
     assert [*lines('a="x y"  # why\nb $a \\\n   c')] == ['a="x y"', "b x y c"]
     assert words("python -m hyper_t5 predict --adapter DIR... --format a|b") == [
         *("predict", "--adapter", "DIR", "--format", "a")
@@ -112,32 +113,31 @@ def test_something_is_found() -> None:
 
 
 @functools.cache
-def overridden(config: str) -> Any:
-    """The config of a `--config`, from the repository's root; the defaults for ''."""
+def load_config(config: str) -> Any:
+    """Load the config of a `--config` flag of the repository, or the defaults for ''."""
     path, colon, arg = config.partition(":")
-    if path == "configs/peft.py":  # which reads the run and the task that it is given
+    if path == "configs/peft.py":  # loads the run of `init` and the file of `task`
         arg = ",".join(a for a in arg.split(",") if not a.startswith(("init=", "task=")))
     return config_lib.load(f"{ROOT / path}{colon}{arg}") if config else config_lib.defaults()
 
 
 @pytest.mark.parametrize(("name", "line"), commands())
-def test_a_whole_command_parses(name: str, line: str) -> None:
-    args = cli._parse(words(line))  # raises UserError for an unknown or a missing flag
-    config = overridden(getattr(args, "config", None) or "").copy_and_resolve_references()
+def test_complete_command_parses(name: str, line: str) -> None:
+    args = cli.parse_args(words(line))  # raises UserError for an unknown or a missing flag
+    config = load_config(getattr(args, "config", None) or "").copy_and_resolve_references()
     config_lib.apply(config, read_overrides(args.gin))
 
 
 @pytest.mark.parametrize(("name", "text"), mentions())
-def test_a_mentioned_command_has_these_flags(name: str, text: str) -> None:
+def test_mentioned_flags_exist(name: str, text: str) -> None:
     command, *rest = words(text)
-    assert command in cli.COMMANDS
-    known = {"--help", *(flag for flag, _ in cli.COMMANDS[command].flags)}
+    assert command in COMMANDS
     flags = {word.partition("=")[0] for word in rest if word.startswith("--")}
-    assert {flag for flag in flags if not flag.startswith(cli.GIN)} <= known
+    assert {flag for flag in flags if not flag.startswith(GIN)} <= set(COMMANDS[command].flags())
 
 
-def test_every_override_mentioned_is_a_field() -> None:
-    found = 0
+def test_mentioned_overrides_are_fields() -> None:
+    count = 0
     for name, (code, inline) in TEXTS.items():
         for field, value in re.findall(r"--gin\.([\w.]+)=([^\s\"'`]+)", "\n".join([code, *inline])):
             if field == "path.to.field":
@@ -147,71 +147,58 @@ def test_every_override_mentioned_is_a_field() -> None:
                 config_lib.apply(config, read_overrides([f"{field}={value}"]))
             else:
                 functools.reduce(getattr, field.split("."), config)
-            found += 1
-        assert found or name != "README.md"
-    assert found >= 5
+            count += 1
+        assert count or name != "README.md"
+    assert count >= 5
 
 
-def test_scripts_and_folders_named_are_there() -> None:
+def test_mentioned_scripts_and_folders_exist() -> None:
     tops = {path.name for path in ROOT.iterdir() if path.is_dir()} - {"runs", ".venv", "build"}
-    found = set()
+    checked = set()
     for name, (code, inline) in TEXTS.items():
         for text in [code, *inline]:
             for path in re.findall(r"(?<![\w./-])([\w.-]+(?:/[\w.-]+)+)", text):
-                place = path.rstrip(".")
-                if place.split("/")[0] in tops and not re.search("[A-Z]{2}", place):
-                    assert (ROOT / place).exists(), f"{name}: {place}"
-                    found.add(place)
+                path = path.rstrip(".")
+                if path.split("/")[0] in tops and not re.search("[A-Z]{2}", path):
+                    assert (ROOT / path).exists(), f"{name}: {path}"
+                    checked.add(path)
             for path in re.findall(r"\bbash (\S+)", text):
                 assert (ROOT / path).is_file(), f"{name}: bash {path}"
-                found.add(path)
-    assert {"launch/local_run.sh", "launch/test.sh", ".ci/run"} <= found
+                checked.add(path)
+    assert {"launch/local_run.sh", "launch/test.sh", ".ci/run"} <= checked
 
 
-def has_module(folder: str, name: str) -> bool:
-    return (ROOT / folder / f"{name}.py").exists() or (ROOT / folder / name).is_dir()
-
-
-def test_the_layout_is_that_of_the_repository() -> None:
-    text = README.read_text(encoding="utf-8")
-    layout = blocks(text[text.index("## Layout") :])[0].text
-    folder, named = "", []
-    for line in layout.splitlines():
-        first = re.match(r"([\w.]+)/\s", line)
-        folder = first[1] if first else folder
-        # "losses.py" and "hypermodels/", but no NAME that stands for many.
-        for word in re.findall(r"[\w./-]+\.(?:py|sh|md)\b|[\w.-]+/(?=\s)", line):
-            if not re.search("[A-Z]{2}", word):
-                named.append(word)
-                assert (ROOT / folder / word).exists() or (ROOT / word).exists(), word
-        if re.fullmatch(r"\s+[a-z_]+(, [a-z_]+)+,?", line):  # modules without ".py"
-            missing = [w for w in re.findall("[a-z_]+", line) if not has_module(folder, w)]
-            assert not missing
-    assert len(named) > 5
-
-
-# ------------------------------------------------------------------------------- to be run
+def test_layout_lists_every_package() -> None:
+    text = (ROOT / "docs/contributing.md").read_text(encoding="utf-8")
+    layout = text[text.index("## Layout") : text.index("## Add a system")]
+    cells = "".join(re.findall(r"^\| (`.+?) \|", layout, re.MULTILINE))
+    listed = set(re.findall(r"`([\w./]+)`", cells))
+    entries = (path for path in (ROOT / "hyper_t5").iterdir() if not path.name.startswith("__"))
+    modules = {p.name for p in entries if p.suffix == ".py"}
+    packages = {
+        f"{p.name}/"
+        for p in (ROOT / "hyper_t5").iterdir()
+        if p.is_dir() and any(p.glob("*.py")) and p.name != "configs"
+    }
+    assert listed == modules | packages
 
 
 @pytest.mark.slow
-def test_the_way_to_peft_runs_as_it_stands(
+def test_readme_path_to_peft_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    every = blocks(README.read_text(encoding="utf-8"))
-    programs = [b.text for b in every if b.language == "python"]
+    fenced = blocks(README.read_text(encoding="utf-8"))
+    programs = [b.text for b in fenced if b.language == "python"]
     assert all(name in "".join(programs) for name in ("PeftModel", "hyper_t5.load"))
     monkeypatch.chdir(tmp_path)
-    runs.quickstart_steps(Path("runs/quickstart"), monkeypatch)
-    shell = "\n".join(b.text for b in every if b.language == "bash")
+    tiny_runs.quickstart_steps(Path("runs/quickstart"), monkeypatch)
+    shell = "\n".join(b.text for b in fenced if b.language == "bash")
     for line in lines(shell):
         if not PROGRAM.match(line):
             continue
         argv = words(line)
-        args = cli._parse(argv)
+        args = cli.parse_args(argv)
         if args.command in ("adapt", "export", "predict") or "configs/peft.py" in line:
-            if args.command == "adapt" and not Path(args.task).exists():
-                task = next(b.text for b in every if b.language == "json")
-                Path(args.task).write_text(json.dumps(json.loads(task)))
             assert cli.main(argv) == 0, capsys.readouterr().err
     for program in programs:
         run = subprocess.run(
@@ -221,10 +208,8 @@ def test_the_way_to_peft_runs_as_it_stands(
         assert run.stdout.strip()
 
 
-def test_python_is_python() -> None:
+def test_python_blocks_are_valid() -> None:
     for file in itertools.chain([README], sorted((ROOT / "docs").glob("*.md"))):
         for block in blocks(file.read_text(encoding="utf-8")):
             if block.language == "python":
                 compile(block.text, str(file), "exec")
-            if block.language == "json":
-                json.loads(block.text)

@@ -1,48 +1,46 @@
-"""`hyper-t5 bench`: speed and memory, each number a ratio inside one run.
+"""`hyper-t5 bench`: speed and memory, each as a ratio inside one run.
 
-The two arms of a ratio are timed in turns in one process, after a warm-up, so that whatever else
-the machine does falls on both; a table gives medians and, beside them, the spread of the ratio from
-round to round. Each benchmark has a process of its own, for a heap and threads that no other one
-has touched. A benchmark is one function, `(Options) -> Result`, and one line in BENCHES.
+A benchmark is a function ``(Options, Result) -> None`` and one line in BENCHES. It builds its arms
+(name -> function), times them in alternation with ``measure.time_arms`` and adds rows to the
+Result, whose title is the first line of the function's docstring.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import subprocess
-import sys
-import tempfile
+import importlib
+import os
 from collections.abc import Sequence
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from hyper_t5.bench import measure
-from hyper_t5.errors import UserError
-from hyper_t5.overrides import choose
+from hyper_t5.utils import environment, plots
+from hyper_t5.utils.errors import UserError
+from hyper_t5.utils.files import write_json, write_text
+from hyper_t5.utils.overrides import choose
 
-# Name -> the module of this package and its function.
-BENCHES = {
-    "frozen": ("training", "frozen"),
-    "torch": ("against_torch", "torch"),
-    "examples": ("training", "examples"),
-    "serving": ("serving", "serving"),
-    "predict": ("against_peft", "predict"),
-    "data": ("pipeline", "data"),
-    "packing": ("pipeline", "packing"),
-    "scaling": ("pipeline", "scaling"),
-    "conversion": ("conversion", "conversion"),
-    "ranking": ("ranking", "rank"),
+BENCHES = {  # name of the function -> module
+    "frozen": "training",
+    "torch": "against_torch",
+    "examples": "training",
+    "serving": "serving",
+    "predict": "against_torch",
+    "data": "pipeline",
+    "packing": "pipeline",
+    "conversion": "conversion",
+    "ranking": "ranking",
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What a benchmark may be told.
+    """Options of all benchmarks.
 
     Attributes:
-      tiny: toy sizes and two rounds, to see that it runs; the numbers mean nothing.
-      gin: overrides of the configs of the data benchmarks, which take each mixture whose folder is
-        among them: ("data.sni_dir=...", "data.vocab=...").
+      tiny: use toy sizes and two rounds, to test that a benchmark runs.
+      gin: config overrides for ``data`` and ``packing``, which include each mixture whose folder
+        is set: ("data.sni_dir=...", "data.vocab=...").
     """
 
     tiny: bool = False
@@ -55,48 +53,52 @@ def main(
     tiny: bool = False,
     gin: Sequence[str] = (),
 ) -> None:
-    """Run the benchmarks (none named: all), print a table each, write them to ``out``.
+    """Run benchmarks (default: all), print a table of each and write all results to ``out``.
 
-    Writes bench.json, bench.md and bench.png, and break_even.png of what has curves. Raises
-    UserError for an unknown name, or for what a benchmark has to say of the user's data.
+    Raises:
+      UserError: a name is unknown, the data is invalid or a benchmark's process was killed.
     """
-    from hyper_t5.files import write_json, write_text
-
     for name in names:
         choose("benchmark", name, BENCHES)
-    options = Options(tiny, gin)
     results = []
     for name in names or BENCHES:
         print(f"{name} ...", flush=True)
-        results.append(_in_own_process(name, options))
-        print(measure.table(results[-1]), flush=True)
-    if out is None:
-        return
-    folder = Path(out)
-    write_json(folder / "bench.json", {"results": [dataclasses.asdict(r) for r in results]})
-    write_text(folder / "bench.md", "# hyper-t5 bench\n\n" + "\n".join(map(measure.table, results)))
-    print(f"wrote {folder / 'bench.json'}, {folder / 'bench.md'}", end="")
-    from hyper_t5 import plots
-
-    bars = {f"{row.what}: {row.arm}": row.ratio for r in results if not r.curves for row in r.rows}
-    if bars:
-        print(",", plots.ratios(bars, folder / "bench.png"), end="")
-    if curves := [dataclasses.asdict(curve) for result in results for curve in result.curves]:
-        print(",", plots.break_even(curves, folder / "break_even.png"), end="")
-    print()
-
-
-def _in_own_process(name: str, options: Options) -> measure.Result:
-    with tempfile.TemporaryDirectory() as folder:
-        answer = Path(folder) / "answer.json"
-        order = json.dumps({"name": name, "answer": str(answer), **dataclasses.asdict(options)})
-        ended = subprocess.run([sys.executable, "-m", __name__, order]).returncode
-        if not answer.exists():
+        try:  # in its own process: none inherits memory or threads from another
+            results.append(measure.in_new_process(_run, name, Options(tiny, gin)))
+        except UserError as error:
+            raise UserError(f"bench {name}: {error}") from error
+        except BrokenProcessPool:
             raise UserError(
-                f"bench {name} ended with exit code {ended} (-9: out of memory) and no result; "
-                "what it said stands above"
-            )
-        content = json.loads(answer.read_text())
-    if "error" in content:
-        raise UserError(f"bench {name}: {content['error']}")
-    return measure.Result.from_dict(content)
+                f"bench {name}: its process was killed, perhaps because memory ran out; free "
+                "memory, or name other benchmarks"
+            ) from None
+        print(measure.table(results[-1]), flush=True)
+    if out is not None:
+        _write(results, Path(out))
+
+
+def _run(name: str, options: Options) -> measure.Result:
+    """Run one benchmark in this process."""
+    environment.set_defaults()
+    if BENCHES[name] == "against_torch":
+        os.environ["JAX_PLATFORMS"] = "cpu"  # read when JAX is imported
+    bench = getattr(importlib.import_module(f"{__name__}.{BENCHES[name]}"), name)
+    title = bench.__doc__.partition("\n")[0].rstrip(".")
+    result = measure.Result(name, title, [measure.setting()])
+    bench(options, result)
+    return result
+
+
+def _write(results: Sequence[measure.Result], folder: Path) -> None:
+    content = [dataclasses.asdict(result) for result in results]
+    write_json(folder / "bench.json", {"results": content})
+    write_text(folder / "bench.md", "# hyper-t5 bench\n\n" + "\n".join(map(measure.table, results)))
+    written: list[str | Path] = [folder / "bench.json", folder / "bench.md"]
+    bars = {
+        f"{row.quantity}: {row.arm}": row.ratio for r in results if not r.curves for row in r.rows
+    }
+    if bars:
+        written.append(plots.ratios(bars, folder / "bench.png"))
+    if curves := [curve for result in content for curve in result["curves"]]:
+        written.append(plots.break_even(curves, folder / "break_even.png"))
+    print("wrote " + ", ".join(map(str, written)))

@@ -1,27 +1,31 @@
-"""Rows, tables, and timing in turns. Imports no JAX, which the benchmarks' parent does not need."""
+"""Timing in alternation, results and their tables."""
 
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
 import os
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+K = TypeVar("K")
+T = TypeVar("T")
+HEAD = ["", "", "median", "against", "median", "unit", "times better", "spread"]
 
 
+# The fields of these three classes are the keys of bench.json.
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """``arm`` against ``baseline`` in one respect.
+class BenchRow:
+    """One arm against a baseline: medians, how many times better it is, range over the rounds."""
 
-    ``ratio`` is how many times better the arm is: of the two medians, or of two exact numbers.
-    ``low`` and ``high`` are its extremes over the rounds.
-    """
-
-    what: str
+    quantity: str
     unit: str
     arm: str
     value: float
@@ -34,11 +38,10 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """Seconds an example by ``counts`` of inputs a task, and the inputs from where on it pays.
+    """Seconds per example by ``counts`` of inputs per task, and where the arm breaks even.
 
-    ``break_even`` is the median over the rounds, ``low`` and ``high`` are its extremes, None stands
-    for never; ``by_flops`` is what the FLOPs alone would make it. ``panel`` names what all curves
-    of one picture have in common.
+    ``break_even`` is the median over the rounds in inputs per task, ``low`` and ``high`` its range;
+    None is never. ``by_flops`` is the break-even of FLOPs. ``panel`` is the title of the plot.
     """
 
     panel: str
@@ -55,133 +58,122 @@ class Curve:
 
 @dataclasses.dataclass
 class Result:
-    """One benchmark's table, with what one must know to read it."""
+    """Table of one benchmark; ``notes`` describe the setting."""
 
     name: str
     title: str
     notes: list[str]
-    rows: list[Row] = dataclasses.field(default_factory=list)
+    rows: list[BenchRow] = dataclasses.field(default_factory=list)
     curves: list[Curve] = dataclasses.field(default_factory=list)
     skipped: str = ""
 
-    @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> Result:
-        """The inverse of ``dataclasses.asdict``."""
-        rows = [Row(**row) for row in content["rows"]]
-        curves = [Curve(**curve) for curve in content["curves"]]
-        return cls(**{**content, "rows": rows, "curves": curves})
+    def add(
+        self,
+        quantity: str,
+        unit: str,
+        costs: Mapping[str, Sequence[float]],
+        baseline: str,
+        items: Mapping[str, float] | None = None,
+    ) -> None:
+        """Add a row for each arm against the baseline.
+
+        Args:
+          quantity: the measured quantity, such as "training step".
+          unit: of the values in the table.
+          costs: numbers of each arm, less is better: one per round, or a single exact one.
+          baseline: name of an arm.
+          items: per call of each arm; the table then shows rates, items / cost.
+        """
+        units = {arm: 1.0 if items is None else items[arm] for arm in costs}
+        each = {arm: [cost / units[arm] for cost in costs[arm]] for arm in costs}
+        medians = {arm: statistics.median(rounds) for arm, rounds in each.items()}
+        values = {arm: 1 / median if items else median for arm, median in medians.items()}
+        for arm in costs:
+            if arm != baseline:
+                ratio = medians[baseline] / medians[arm]
+                ratios = [b / a for a, b in zip(each[arm], each[baseline], strict=True)]
+                pair = (arm, values[arm], baseline, values[baseline])
+                self.rows.append(BenchRow(quantity, unit, *pair, ratio, min(ratios), max(ratios)))
+
+    def add_memory(self, quantity: str, sizes: Mapping[str, float], baseline: str) -> None:
+        """Add a row of MiB for each arm, from bytes."""
+        self.add(quantity, "MiB", {arm: [size / 2**20] for arm, size in sizes.items()}, baseline)
 
 
-def in_turns(
-    arms: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 1
-) -> dict[str, list[float]]:
-    """Seconds of each arm's call in each round, [rounds] an arm; every call must wait for its end.
+def time_arms(
+    arms: Mapping[K, Callable[[], Any]], rounds: int, warm_up: int = 1
+) -> dict[K, list[float]]:
+    """Return seconds of each arm [rounds], timed in alternation after ``warm_up`` calls.
 
-    The order turns round from one round to the next: a machine that gets slower or faster on the
-    way favours none.
+    Machine load that changes over time falls on all arms. A call must block until its result is
+    ready.
     """
     for _ in range(warm_up):
         for run in arms.values():
             run()
-    seconds: dict[str, list[float]] = {name: [] for name in arms}
-    for index in range(rounds):
-        for name in list(arms)[:: 1 if index % 2 == 0 else -1]:
-            started = time.perf_counter()
-            arms[name]()
-            seconds[name].append(time.perf_counter() - started)
-        tell(f"round {index + 1}/{rounds}", {name: times[-1] for name, times in seconds.items()})
+    seconds: dict[K, list[float]] = {name: [] for name in arms}
+    for name in alternate(arms, rounds):
+        started = time.perf_counter()
+        arms[name]()
+        seconds[name].append(time.perf_counter() - started)
+        print(f"  {name}: {seconds[name][-1]:.3g} s", file=sys.stderr, flush=True)
     return seconds
 
 
-def tell(what: str, seconds: Mapping[str, float]) -> None:
-    """Progress, to stderr: what was just measured; a benchmark may take many minutes."""
-    told = ", ".join(f"{name} {time:.3g} s" for name, time in seconds.items())
-    print(f"  {what}: {told}", file=sys.stderr, flush=True)
+def alternate(names: Iterable[K], rounds: int) -> Iterator[K]:
+    """Yield all names once per round, in reverse order in every second round."""
+    order = list(names)
+    for index in range(rounds):
+        yield from order if index % 2 == 0 else reversed(order)
 
 
-def time_row(what: str, seconds: Mapping[str, Sequence[float]], arm: str, baseline: str) -> Row:
-    """Seconds a call; twice as fast is a ratio of 2."""
-    each = [b / a for a, b in zip(seconds[arm], seconds[baseline], strict=True)]
-    value, other = (statistics.median(seconds[name]) for name in (arm, baseline))
-    return Row(what, "s", arm, value, baseline, other, other / value, min(each), max(each))
+def in_new_process(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Return the result of a module-level function, called in a new Python process."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(function, *args, **kwargs).result()
 
 
-def rate_row(
-    what: str,
-    unit: str,
-    seconds: Mapping[str, Sequence[float]],
-    amounts: Mapping[str, float],
-    arm: str,
-    baseline: str,
-) -> Row:
-    """``amounts`` a call, in a ``unit`` such as 'examples/s'; twice as many is a ratio of 2."""
-    row = time_row(what, seconds, arm, baseline)
-    factor = amounts[arm] / amounts[baseline]
-    return Row(
-        what,
-        unit,
-        arm,
-        amounts[arm] / row.value,
-        baseline,
-        amounts[baseline] / row.baseline_value,
-        row.ratio * factor,
-        row.low * factor,
-        row.high * factor,
-    )
+def setting() -> str:
+    """Describe the processor, the usable cores, and the device that JAX computes on."""
+    import jax  # not at the top: the parent process needs no JAX
 
-
-def exact_row(what: str, unit: str, sizes: Mapping[str, float], arm: str, baseline: str) -> Row:
-    """Numbers that do not vary; half as many is a ratio of 2."""
-    value, other = sizes[arm], sizes[baseline]
-    return Row(what, unit, arm, value, baseline, other, *[other / value] * 3)
-
-
-def memory_row(what: str, sizes: Mapping[str, int], arm: str, baseline: str) -> Row:
-    """Bytes; half as many is a ratio of 2."""
-    return exact_row(what, "MiB", {k: v / 2**20 for k, v in sizes.items()}, arm, baseline)
-
-
-def machine() -> str:
-    """The processor, as far as the system tells, and how many cores this process may use."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{names[0] if names else platform.machine()}, {cores} cores"
+    has_affinity = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
+    device = jax.devices()[0]
+    return (
+        f"{names[0] if names else platform.machine()}, {cores} cores; JAX {jax.__version__} on "
+        f"{device.platform} ({device.device_kind})"
+    )
 
 
 def table(result: Result) -> str:
-    """Markdown: title, notes, one line a row."""
+    """Format a result as Markdown."""
     lines = [f"## {result.name}: {result.title}", ""]
     if result.skipped:
         return "\n".join([*lines, f"SKIPPED: {result.skipped}", ""])
     lines += [*(f"- {note}" for note in result.notes), ""]
-    head = ["", "", "median", "against", "median", "unit", "times better", "spread"]
-    cells = [head, *(_cells(row) for row in result.rows)]
-    wide = [max(len(row[i]) for row in cells) for i in range(len(head))]
-    cells.insert(1, ["-" * width for width in wide])
+    cells = [HEAD, *map(_cells, result.rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    cells.insert(1, ["-" * width for width in widths])
     for row in cells:
-        padded = (cell.ljust(width) for cell, width in zip(row, wide, strict=True))
+        padded = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
         lines.append(f"| {' | '.join(padded)} |")
     return "\n".join([*lines, ""])
 
 
-def _cells(row: Row) -> list[str]:
-    exact = row.low == row.high
-    return [
-        row.what,
-        row.arm,
-        _number(row.value),
-        row.baseline,
-        _number(row.baseline_value),
-        row.unit,
-        _number(row.ratio),
-        "" if exact else f"{_number(row.low)} to {_number(row.high)}",
-    ]
+def _cells(row: BenchRow) -> list[str]:
+    numbers = (row.value, row.baseline_value, row.ratio, row.low, row.high)
+    value, baseline_value, ratio, low, high = map(_number, numbers)
+    spread = "" if row.low == row.high else f"{low} to {high}"
+    return [row.quantity, row.arm, value, row.baseline, baseline_value, row.unit, ratio, spread]
 
 
 def _number(value: float) -> str:
-    """Three significant digits, without exponents."""
+    """Format three significant digits, without exponents."""
     if value >= 100:
         return f"{value:,.0f}"
     return f"{value:.3g}" if value >= 0.001 else f"{value:.6f}"

@@ -1,4 +1,4 @@
-"""Training steps to time: random backbones and batches, the code paths of `train`."""
+"""Training steps to time: random backbones and batches, the same step as `train`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from hyper_t5 import config as config_lib
-from hyper_t5 import hypermodels, model, optim, t5, train
+from hyper_t5 import hypermodels, model, t5
+from hyper_t5.data.vocab import EOS_ID
+from hyper_t5.hypermodels import BACKBONE, HYPERMODEL
+from hyper_t5.training import optim
+from hyper_t5.training import step as step_lib
 
 Tree = dict[str, Any]
 
@@ -26,34 +30,46 @@ class Shapes:
     inputs: int
     targets: int
 
-    @property
-    def rows(self) -> int:
-        return self.tasks * self.examples
-
     def __str__(self) -> str:
         return (
-            f"{self.rows} rows of {self.inputs} + {self.targets} tokens, {self.tasks} tasks of "
-            f"{self.examples} with {self.hyper} tokens of conditioning each"
+            f"{self.tasks * self.examples} rows of {self.inputs} + {self.targets} tokens without "
+            f"padding, {self.tasks} tasks with {self.hyper} tokens of conditioning each"
         )
 
 
-def random_batch(shapes: Shapes, vocab_size: int, seed: int = 0) -> Tree:
-    """A batch without padding: the shapes are the amount of work. Every row ends in EOS."""
-    rng = np.random.default_rng(seed)
+def random_backbone(sizes: t5.T5Config) -> Tree:
+    """Initialize backbone parameters as T5X does."""
+    return jax.jit(t5.init_params, static_argnums=0)(sizes, jax.random.key(0))
+
+
+def random_params(m: model.Model, backbone: Tree) -> Tree:
+    """Join a backbone with fresh parameters of the hypermodel, if the system has one."""
+    if m.hypermodel is None:
+        return {BACKBONE: backbone}
+    params = hypermodels.init_params(m.hypermodel, jax.random.key(0), backbone)
+    return {BACKBONE: backbone, HYPERMODEL: params}
+
+
+def random_ids(vocab_size: int, *shape: int, seed: int = 0) -> np.ndarray:
+    """Draw token ids without padding; every row ends in EOS."""
+    ids = np.random.default_rng(seed).integers(EOS_ID + 1, vocab_size, shape, np.int32)
+    ids[..., -1] = EOS_ID
+    return ids
+
+
+def random_batch(shapes: Shapes, vocab_size: int) -> Tree:
+    """Draw a training batch without padding."""
     lead = (shapes.tasks, shapes.examples)
-    sizes = {
-        "hyper_inputs": (shapes.tasks, shapes.hyper),
-        "inputs": (*lead, shapes.inputs),
-        "targets": (*lead, shapes.targets),
+    return {
+        "hyper_inputs": random_ids(vocab_size, shapes.tasks, shapes.hyper),
+        "inputs": random_ids(vocab_size, *lead, shapes.inputs, seed=1),
+        "targets": random_ids(vocab_size, *lead, shapes.targets, seed=2),
+        "tasks": np.arange(shapes.tasks, dtype=np.int32),
     }
-    batch = {k: rng.integers(3, vocab_size, size, np.int32) for k, size in sizes.items()}
-    for ids in batch.values():
-        ids[..., -1] = 1
-    return {**batch, "tasks": np.arange(shapes.tasks, dtype=np.int32)}
 
 
 def make_config(system: str, shapes: Shapes, **fields: Any) -> ConfigDict:
-    """The default config with a system and these lengths; a field's dot is written as ``__``."""
+    """Make the default config of a system at these shapes; ``a__b`` sets the field ``a.b``."""
     config = config_lib.defaults()
     config.system = system
     config.data.hyper_length = shapes.hyper
@@ -66,53 +82,32 @@ def make_config(system: str, shapes: Shapes, **fields: Any) -> ConfigDict:
 
 
 class TrainingStep:
-    """A system's compiled training step and its state; each call takes one step on ``batch``.
+    """Compiled training step of a system with its state; a call takes one step.
 
     Attributes:
-      batch: may be changed for another of its shapes.
-      memory: bytes that the step needs at once: its arguments (parameters, optimizer state, batch),
-        results that take no argument's place, and temporary arrays, as the compiler laid them out.
-      trained: how many parameters it trains.
+      memory: bytes that the compiler laid out for the step: arguments (parameters, optimizer state,
+        batch), results that do not alias an argument, and temporary arrays.
+      trained: number of trained parameters.
     """
 
     def __init__(self, config: ConfigDict, sizes: t5.T5Config, backbone: Tree, batch: Tree) -> None:
-        """``backbone`` are parameters of ``sizes``; they are not changed."""
-        m = model.build(config, sizes)
-        params = {"backbone": backbone}
-        if m.hypermodel is not None:
-            made = hypermodels.init_params(m.hypermodel, jax.random.key(0), backbone)
-            params["hypermodel"] = made
-        trained = {k: params[k] for k in m.choice.trains}
-        self._frozen = {k: v for k, v in params.items() if k not in trained}
+        m = model.build_model(config, sizes)
+        params = random_params(m, backbone)
         # A copy: the step donates what it trains, and other arms share the backbone.
-        trained = jax.tree.map(jnp.array, trained)
-        optimizer = optim.make_optimizer(config.optimizer, config.train.steps)
-        self.trained = model.count(trained)
-        self.batch = jax.tree.map(jnp.asarray, batch)
+        trained = jax.tree.map(jnp.array, {k: params.pop(k) for k in m.system.trains})
+        self.trained = model.count_parameters(trained)
+        self._frozen, self._batch = params, jax.tree.map(jnp.asarray, batch)
         self._key = jax.random.key(0)
-        self._state = train.start_state(optimizer, trained)
-        step = train.make_step(m, optimizer, config)
-        self._step = step.lower(self._state, self._frozen, self.batch, self._key).compile()
+        optimizer = optim.make_optimizer(config.optimizer, config.train.steps)
+        self._state = step_lib.init_state(optimizer, trained)
+        step = step_lib.make_step(m, optimizer, config)
+        self._step = step.lower(self._state, self._frozen, self._batch, self._key).compile()
         used: Any = self._step.memory_analysis()
-        self.memory = (
-            used.argument_size_in_bytes
-            + used.output_size_in_bytes
-            - used.alias_size_in_bytes
-            + used.temp_size_in_bytes
-        )
+        results = used.output_size_in_bytes - used.alias_size_in_bytes
+        self.memory = used.argument_size_in_bytes + results + used.temp_size_in_bytes
 
-    def __call__(self) -> float:
-        """One step; the summed loss."""
-        self._state, sums = self._step(self._state, self._frozen, self.batch, self._key)
+    def __call__(self, batch: Tree | None = None) -> float:
+        """Take a step on a batch, by default the one it was compiled for; return the loss."""
+        batch = self._batch if batch is None else batch
+        self._state, sums = self._step(self._state, self._frozen, batch, self._key)
         return float(jax.block_until_ready((self._state, sums))[1]["loss"])
-
-
-def random_backbone(sizes: t5.T5Config) -> Tree:
-    """Parameters as T5X would initialise them."""
-    return jax.jit(t5.init_params, static_argnums=0)(sizes, jax.random.key(0))
-
-
-def where() -> str:
-    """The device that JAX computes on."""
-    device = jax.devices()[0]
-    return f"JAX {jax.__version__} on {device.platform} ({device.device_kind})"

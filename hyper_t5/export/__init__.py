@@ -1,44 +1,50 @@
-"""Adapters out and in: Hugging Face PEFT folders, native folders, and merged into the backbone.
+"""Export and import of adapters: native folders, PEFT folders, and merged backbones.
 
-    peft_out.py    our adapters -> a PEFT folder
-    peft_in.py     a PEFT folder -> our adapters
-    merged.py      LoRA into the backbone's weights
+    native.py      adapters <-> a native folder
+    peft_out.py    adapters -> a PEFT folder
+    peft_in.py     a PEFT folder -> adapters
+    merged.py      LoRA -> the weights of the backbone
 
-`export` is the command: a folder of either kind in, a folder of any kind out. Which kind an adapter
-folder is shows in its files, so that bringing one in needs no command of its own. See
-docs/export.md for what can be said in which format.
+`export` is the command: it reads a native or PEFT folder and writes any format. docs/export.md says
+what each format can express.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
 from hyper_t5 import adapters as ad
 from hyper_t5 import config as config_lib
-from hyper_t5 import model, names, weights
-from hyper_t5.errors import UserError
+from hyper_t5 import model, runs, weights
+from hyper_t5.data.templates import TEMPLATES
+from hyper_t5.data.vocab import load_vocab
+from hyper_t5.export import native
 from hyper_t5.export.merged import merge_lora
 from hyper_t5.export.peft_in import load_peft
 from hyper_t5.export.peft_names import PEFT_CONFIG, PEFT_TENSORS
 from hyper_t5.export.peft_out import export_peft
-from hyper_t5.prompts import ENCODINGS
 from hyper_t5.t5 import T5Config
-from hyper_t5.vocab import load_vocab
+from hyper_t5.utils import files
+from hyper_t5.utils.errors import UserError
 
 __all__ = [
     "PEFT_CONFIG",
     "PEFT_TENSORS",
-    "asked",
+    "check_no_text",
     "export",
     "export_peft",
+    "input_template",
     "is_peft",
     "load_peft",
     "merge_lora",
-    "refuse_text",
+    "save_peft",
 ]
+
+_Adapter = tuple[ad.Adapters, dict[str, Any], dict[str, Any] | None]
+_Backbone = tuple[T5Config, dict[str, Any], dict[str, Any] | None]
 
 
 def export(
@@ -49,106 +55,141 @@ def export(
     base_model: str = "",
     dtype: str = "",
 ) -> Path:
-    """Write an adapter folder, native or PEFT's, in another form.
+    """Convert a native or PEFT adapter folder into another format.
 
     Args:
-        adapter: the folder.
-        out: the folder to make.
-        format: ``peft``: a PEFT folder that names ``base_model`` (default: the backbone's folder).
-            ``native``: ours. ``merged``: the backbone with LoRA inside, in Hugging Face's layout
-            (``hyper-t5 convert`` writes it without).
-        backbone: the folder of the backbone the adapter was made for.
-        base_model: with ``peft``, the name or path to write in it.
-        dtype: of what is written, ``float32`` or ``bfloat16``. '' is float32 for PEFT, and for the
-            others what they are.
+      adapter: The adapter folder.
+      out: The folder to write.
+      format: `peft`, `native`, or `merged`: the backbone with merged LoRA in Hugging Face's layout.
+      backbone: The folder of the adapter's backbone.
+      base_model: With `peft`, as for `save_peft`.
+      dtype: `float32` or `bfloat16`. Empty is float32 for `peft`, and keeps the dtype otherwise.
+
+    Returns:
+      The folder.
 
     Raises:
-        UserError: the format cannot say it (the message says why, and what can), a folder is
-            damaged or does not fit; nothing is left half-written.
+      UserError: The format cannot express the adapters, or a folder is damaged or does not fit.
+        Nothing is written.
     """
-    (loaded, meta, hypermodel), base = _load(Path(adapter), backbone)
+    base_folder = runs.backbone_folder(backbone)
+    loaded, (t5_config, params, vocab) = _load(Path(adapter), base_folder)
+    adapters, meta, hypermodel = loaded
     if format == "native":
-        return ad.save(out, ad.astype(loaded, dtype) if dtype else loaded, meta, hypermodel)
-    refuse_text(meta, str(adapter))
+        adapters = ad.astype(adapters, dtype) if dtype else adapters
+        return native.save(out, adapters, meta, hypermodel)
+    check_no_text(meta, str(adapter))
     if format == "peft":
-        name, written = base_model or str(backbone), asked(meta)
-        return export_peft(out, loaded, base.sizes, name, 0, dtype or "float32", written)
-    vocab = load_vocab(base.identity, base.folder) if base.identity else None
-    weights.save_hf(out, base.sizes, merge_lora(base.params, loaded, dtype=dtype), vocab)
+        return save_peft(out, adapters, t5_config, meta, backbone, base_model, dtype)
+    merged = merge_lora(params, adapters, dtype=dtype)
+    weights.save_hf(out, t5_config, merged, load_vocab(vocab, base_folder) if vocab else None)
     return Path(out)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Backbone:
-    """A backbone as its folder has it."""
+def save_peft(
+    out: str | Path,
+    adapters: ad.Adapters,
+    t5_config: T5Config,
+    meta: dict[str, Any],
+    backbone: str | Path,
+    base_model: str = "",
+    dtype: str = "",
+) -> Path:
+    """Write one task's adapters as a PEFT folder that names their backbone.
 
-    folder: Path
-    sizes: T5Config
-    params: dict[str, Any]
-    identity: dict[str, Any] | None
+    Args:
+      out: The folder to write.
+      adapters: The adapters.
+      t5_config: Their backbone's config.
+      meta: Their metadata, as in a native folder.
+      backbone: The folder of their backbone. Transformers opens a folder in another form as a T5
+        with random weights, so the PEFT config names it only in Hugging Face's form.
+      base_model: The name or path in the PEFT config instead of `backbone`.
+      dtype: `float32` or `bfloat16`; empty is float32.
+
+    Returns:
+      The folder.
+    """
+    digest, weights_dtype = (meta["backbone"].get(key, "unknown") for key in ("digest", "dtype"))
+    text = (
+        f"The digest of its weights in {weights_dtype} is `{digest}`; `hyper-t5 convert` writes it"
+        " to convert.json."
+    )
+    base = base_model or _hf_folder(backbone)
+    command = f"hyper-t5 convert --input {shlex.quote(str(backbone))} --to hf --out base_model"
+    if not base:
+        text += f" Convert it for transformers:\n\n```bash\n{command}\n```\n\n"
+    kind, template = dtype or "float32", input_template(meta)
+    folder = export_peft(out, adapters, t5_config, base, 0, kind, template, text)
+    if not base:
+        print(
+            f"{folder}: names no base model, because {backbone} is not in Hugging Face's form;"
+            f" convert it with `{command}` and pass --base-model base_model",
+            file=sys.stderr,
+            flush=True,
+        )
+    return folder
 
 
-def _backbone(folder: str | Path, dtype: str) -> _Backbone:
-    found = model.backbone_folder(folder)
-    return _Backbone(found, *weights.load_backbone(found, dtype=dtype))
+def _hf_folder(backbone: str | Path) -> str:
+    """Return the absolute path of a local folder in Hugging Face's form; empty for others."""
+    folder = runs.backbone_folder(backbone)
+    is_hf = files.is_local(files.as_path(backbone)) and weights.detect(folder) == "hf"
+    return str(folder.absolute()) if is_hf else ""
 
 
-_Loaded = tuple[ad.Adapters, dict[str, Any], dict[str, Any] | None]
-
-
-def _load(folder: Path, backbone: str | Path) -> tuple[_Loaded, _Backbone]:
-    """What is in an adapter folder of either kind, and the backbone that it is known to fit."""
+def _load(folder: Path, base_folder: Path) -> tuple[_Adapter, _Backbone]:
+    """Load an adapter folder and its backbone, and check that they fit."""
     if is_peft(folder):
-        base = _backbone(backbone, "float32")
-        loaded, said = load_peft(folder, base.sizes)
-        vocab = load_vocab(base.identity, base.folder) if base.identity else None
+        backbone = weights.load_backbone(base_folder)
+        t5_config, params, vocab = backbone
+        adapters, config = load_peft(folder, t5_config)
         meta = {
-            "backbone": weights.backbone_meta(
-                base.sizes, vocab.identity() if vocab else None, base.params
-            ),
+            "backbone": weights.backbone_meta(t5_config, vocab, params),
             "encoding": "labelled",
-            "source": {"format": "peft", "base_model": said.get("base_model_name_or_path")},
+            "source": {"format": "peft", "base_model": config.get("base_model_name_or_path")},
         }
-        return (loaded, meta, None), base
-    loaded, meta, hypermodel = ad.load(folder)
-    made_for = meta.get("backbone")
-    if not isinstance(made_for, dict):
-        raise UserError(f"{folder}: does not say which backbone it was made for; make it again")
-    # The digest is of the weights as they were stored then.
-    base = _backbone(backbone, made_for.get("dtype", "float32"))
-    digest = names.digest(base.params)
-    weights.check_compatible(base.sizes, base.identity, made_for, digest=digest, where=str(folder))
-    ad.check(loaded, base.sizes, str(folder))
+        return (adapters, meta, None), backbone
+    adapters, meta, hypermodel = native.load(folder)
+    expected = meta.get("backbone")
+    if not isinstance(expected, dict):
+        raise UserError(f"{folder}: does not name its backbone; generate the adapter again")
+    # The digest was computed in the dtype in which the weights were stored.
+    backbone = weights.load_backbone(base_folder, dtype=expected.get("dtype", "float32"))
+    t5_config, params, vocab = backbone
+    digest = weights.digest(params)
+    weights.check_compatible(t5_config, vocab, expected, digest=digest, path=str(folder))
+    ad.check(adapters, t5_config, str(folder))
     if hypermodel is not None:
-        made_by = config_lib.from_json(json.dumps(meta.get("config")), str(folder))
-        wanted = model.shapes_of_hypermodel(model.build(made_by, base.sizes))
-        model.check_hypermodel(hypermodel, wanted, str(folder))
-    return (loaded, meta, hypermodel), base
+        config = config_lib.from_adapter(meta.get("config"), str(folder))
+        shapes = model.hypermodel_shapes(model.build_model(config, t5_config))
+        runs.check_hypermodel(hypermodel, shapes, str(folder))
+    return (adapters, meta, hypermodel), backbone
 
 
 def is_peft(folder: Path) -> bool:
-    """Whether an adapter folder is PEFT's; UserError where it is both PEFT's and ours."""
-    theirs, ours = ((folder / name).exists() for name in (PEFT_CONFIG, ad.SPEC_FILE))
-    if theirs and ours:
+    """Return whether a folder is PEFT's; raise a UserError if it is both PEFT's and native."""
+    peft_file, native_file = ((folder / name).exists() for name in (PEFT_CONFIG, native.SPEC_FILE))
+    if peft_file and native_file:
         raise UserError(
-            f"{folder}: holds both {PEFT_CONFIG} and {ad.SPEC_FILE}; give a folder of one adapter"
+            f"{folder}: holds both {PEFT_CONFIG} and {native.SPEC_FILE}; keep one of them"
         )
-    return theirs
+    return peft_file
 
 
-def asked(meta: dict[str, Any]) -> str:
-    """How the hypermodel's encoding writes an input; '' where inputs are taken as they are."""
+def input_template(meta: dict[str, Any]) -> str:
+    """Return the template of inputs, with `...` for the input; empty for plain inputs."""
     name = meta.get("encoding", "labelled")
-    if name not in tuple(ENCODINGS):  # a list has no hash
-        raise UserError(f"adapter: encoding {name!r:.40} is none of {', '.join(ENCODINGS)}")
-    written = ENCODINGS[name].asked("...")
-    return "" if written == "..." else written
+    if name not in tuple(TEMPLATES):  # a list is not hashable
+        raise UserError(f"adapter: encoding {name!r:.40} is not one of {', '.join(TEMPLATES)}")
+    template = TEMPLATES[name].query("...")
+    return "" if template == "..." else template
 
 
-def refuse_text(meta: dict[str, Any], where: str) -> None:
-    """UserError for what is no adapter alone, and so in no other tool's format."""
+def check_no_text(meta: dict[str, Any], folder: str) -> None:
+    """Raise a UserError if the adapter is used with the task's text in front of every input."""
     if "text" in meta:
         raise UserError(
-            f"export: {where} puts the task's text in front of every input, which no adapter file "
-            "can say; keep the native folder, which `hyper-t5 predict` reads"
+            f"export: {folder} puts the task's text in front of every input, which an adapter file"
+            " cannot express; keep the native folder, which `hyper-t5 predict` reads"
         )

@@ -1,21 +1,20 @@
-"""What both directions share of PEFT's files: their names, and those of a T5's modules in them.
+"""File names of PEFT folders, and the names of a T5's modules and tensors in them.
 
-PEFT calls a module by its path in Hugging Face's T5, such as
-`encoder.block.0.layer.0.SelfAttention.q`, and a tensor of an adapter by
+PEFT names a module by its path in Hugging Face's T5, such as
+`encoder.block.0.layer.0.SelfAttention.q`, and a tensor by
 `base_model.model.{module}.lora_A.weight`.
 """
 
 from __future__ import annotations
 
-from hyper_t5.adapters import ATTENTION_SITES, MLP_SITES, num_layers, targets_of
-from hyper_t5.names import hf_name
+from hyper_t5.adapters import SITES, num_layers, targets_of
 from hyper_t5.t5 import T5Config
+from hyper_t5.weights.param_names import hf_name
 
 PEFT_CONFIG = "adapter_config.json"
 PEFT_TENSORS = "adapter_model.safetensors"
 PEFT_PICKLE = "adapter_model.bin"
 PROMPT = "prompt_embeddings"
-EVERYWHERE = (*ATTENTION_SITES, *MLP_SITES)
 _SITE_BLOCKS = {
     "enc_self": ("encoder", "attention"),
     "dec_self": ("decoder", "self_attention"),
@@ -26,22 +25,27 @@ _SITE_BLOCKS = {
 
 
 def kernel_path(target: str) -> str:
-    """Where a backbone's tree has the kernels that a LoRA target such as `dec_mlp.wo` changes."""
+    """Return the parameter path of the kernels that a LoRA target such as `dec_mlp.wo` updates."""
     site, _, projection = target.partition(".")
     stack, block = _SITE_BLOCKS[site]
     return f"{stack}/layers/{block}/{projection}/kernel"
 
 
 def hf_module(target: str, layer: int) -> str:
-    """Hugging Face's name of the module that a LoRA target changes in one layer."""
+    """Return Hugging Face's name of the module that a LoRA target updates in one layer."""
     name = hf_name(kernel_path(target).replace("/layers/", f"/layers_{layer}/"))
     return name.removesuffix(".weight")
 
 
-def modules_of(sizes: T5Config) -> dict[str, tuple[str, int]]:
-    """Every module of a T5 that LoRA can be on -> (target, layer)."""
+def lora_tensor(module: str, name: str) -> str:
+    """Return PEFT's name of a module's tensor, such as `lora_A.weight`."""
+    return f"base_model.model.{module}.{name}"
+
+
+def modules_of(t5_config: T5Config) -> dict[str, tuple[str, int]]:
+    """Map every module that LoRA can be applied to onto its (target, layer)."""
     return {
         hf_module(target, layer): (target, layer)
-        for target in targets_of(EVERYWHERE, sizes)
-        for layer in range(num_layers(target, sizes))
+        for target in targets_of(SITES, t5_config)
+        for layer in range(num_layers(target, t5_config))
     }

@@ -1,9 +1,9 @@
 """FiD-ICL (Ye et al. 2023): fusion instead of generation.
 
-The instruction and each shown example are encoded apart from one another by the backbone, whose
-decoder then attends to all of them beside the encoded input. Only the backbone is trained. The
-published model has examples alone and a marker in front of the query; here the instruction is one
-more part, and the input stands as it is.
+The backbone encodes the instruction and each shown example separately; its decoder then attends to
+all of them beside the encoded input. Only the backbone is trained. The published model has examples
+only and a marker before the query; here the instruction is one more part, and the input is
+unchanged.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from hyper_t5 import adapters as ad
+from hyper_t5.data.vocab import EOS_ID
 from hyper_t5.t5 import T5, T5Config
-from hyper_t5.vocab import EOS_ID
 
 
 def build(config: ConfigDict, sizes: T5Config) -> nn.Module:
-    """``fid_icl``."""
+    """Build the ``fid_icl`` system."""
     return FidIcl(sizes)
 
 
@@ -31,7 +31,7 @@ class FidIcl(nn.Module):
     @nn.compact
     def __call__(self, ids: jax.Array, tasks: jax.Array, deterministic: bool = True) -> ad.Adapters:
         ends = (ids == EOS_ID).astype(jnp.int32)
-        parts = jnp.cumsum(ends, -1) - ends  # T5's positions are relative: no need to move a part
+        parts = jnp.cumsum(ends, -1) - ends  # T5's positions are relative: parts need not move
         states = T5(self.config, name="backbone").encode(
             ids, segments=parts, deterministic=deterministic
         )

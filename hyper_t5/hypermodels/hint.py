@@ -1,13 +1,13 @@
-"""HINT (Ivison et al. 2023): the backbone's own encoder reads the task; all of it is trained.
+"""HINT (Ivison et al. 2023): the backbone's own encoder reads the task; everything is trained.
 
-One cross-attention from learned component queries to the encoded instruction makes a vector for
-each row of each generated matrix; a small MLP a tensor, shared over the network, turns it into that
-row. Emitted are bottleneck adapters at every MLP, prefixes at every attention, and the encoded
-instruction as memory of the decoder ("instruction fusion").
+One cross-attention from learned component queries to the encoded instruction computes a vector for
+each row of each generated matrix; a small MLP per tensor kind, shared over the network, maps it to
+that row. HINT emits bottleneck adapters at every MLP, prefixes at every attention, and the encoded
+instruction as decoder memory ("instruction fusion").
 
-Names and counts of parameters are those of allenai/hyper-task-descriptions, whose golden numbers a
-test holds. Two things that its code does otherwise are taken as slips: it encodes the instruction
-without a padding mask, and reshapes the down matrices where they should be transposed.
+Names and counts of parameters are those of allenai/hyper-task-descriptions; a test holds its golden
+numbers. Two details of its code are treated as errors: it encodes the instruction without a padding
+mask, and reshapes the down matrices where they should be transposed.
 """
 
 from __future__ import annotations
@@ -18,23 +18,24 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from hyper_t5 import adapters as ad
-from hyper_t5.errors import UserError
-from hyper_t5.hypermodels import specs
-from hyper_t5.t5 import T5, Attention, Projection, T5Config, mask_bias
+from hyper_t5.hypermodels.parts import specs
+from hyper_t5.t5 import T5, T5Config
+from hyper_t5.t5.attention import Attention, Projection, mask_bias
+from hyper_t5.utils.errors import UserError
 
 Array = jax.Array
 
 
 def build(config: ConfigDict, sizes: T5Config) -> nn.Module:
-    """``hint``."""
+    """Build the ``hint`` system."""
     bottleneck, prefix = specs.bottleneck(config), specs.prefix(config)
     if len(set(bottleneck.sizes)) > 1:
-        raise UserError("adapter.bottleneck_sizes: system hint has one size for all places")
+        raise UserError("adapter.bottleneck_sizes: system hint has one size for all sites; set one")
     return Hint(sizes, ad.AdapterSpec(prefix=prefix, bottleneck=bottleneck))
 
 
 class Generator(nn.Module):
-    """Component vectors [..., D] -> rows [..., features] of one kind of tensor, over sqrt(D)."""
+    """Component vectors [..., D] -> rows [..., features] of one tensor kind, divided by sqrt(D)."""
 
     config: T5Config
     features: int
@@ -52,7 +53,7 @@ class Generator(nn.Module):
 class Hint(nn.Module):
     """Conditioning ids [T, L] -> bottleneck adapters, prefixes, and memory of L positions.
 
-    ``spec`` says sites and sizes; its memory follows from L.
+    ``spec`` has the sites and sizes; the memory length is L.
     """
 
     config: T5Config
@@ -68,8 +69,8 @@ class Hint(nn.Module):
         encoded = T5(c, name="backbone").encode(ids, deterministic=deterministic)
         encoded *= mask[..., None]
 
-        # A site has one query for each row that is generated for it, kind after kind.
-        kinds = {  # rows, and the width of each
+        # A site has one query per generated row, kind after kind.
+        kinds = {  # rows, and their width
             "adapter_down": (size, c.emb_dim),
             "adapter_up": (size, c.emb_dim),
             "adapter_bias_down": (1, size),
@@ -93,14 +94,14 @@ class Hint(nn.Module):
         bias = mask_bias(mask[:, None])
 
         def emit(kind: str, site: str) -> Array:
-            """Tensor [N, T, rows, width] of one kind at all layers of a site."""
+            """Generate one kind of tensor [N, T, rows, width] for all layers of a site."""
             names, (count, width) = list(kinds), kinds[kind]
             first = sum(kinds[name][0] for name in names[: names.index(kind)])
-            asked = queries[site][:, first : first + count].astype(c.dtype)
-            x = asked.reshape(1, -1, c.emb_dim)
+            site_queries = queries[site][:, first : first + count].astype(c.dtype)
+            x = site_queries.reshape(1, -1, c.emb_dim)
             x = attention(x, key, value, bias, deterministic=deterministic)
             x = generators[kind](x, deterministic)
-            return jnp.moveaxis(x.reshape(len(ids), len(asked), count, width), 1, 0)
+            return jnp.moveaxis(x.reshape(len(ids), len(site_queries), count, width), 1, 0)
 
         tree: dict = {ad.MEMORY: {"states": encoded[None], "mask": mask[None]}}
         for site in bottleneck.sites:
@@ -113,7 +114,9 @@ class Hint(nn.Module):
                 }
             }
         for site in prefix.sites:
-            made = {k: emit(f"prefix_{k}", site) for k in ("key", "value")}
+            emitted = {k: emit(f"prefix_{k}", site) for k in ("key", "value")}
             heads = (c.num_heads, c.head_dim)
-            tree[site] = {"prefix": {k: x.reshape(*x.shape[:-1], *heads) for k, x in made.items()}}
+            tree[site] = {
+                "prefix": {k: x.reshape(*x.shape[:-1], *heads) for k, x in emitted.items()}
+            }
         return ad.Adapters(tree, ad.AdapterSpec(None, prefix, bottleneck, ids.shape[1]))

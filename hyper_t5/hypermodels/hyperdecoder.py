@@ -1,13 +1,13 @@
-"""Hyperdecoders (Ivison & Peters 2022): adapters for each input, made of its own encoding.
+"""Hyperdecoders (Ivison & Peters 2022): adapters for each input, generated from its encoding.
 
-The frozen backbone's encoder, with learned adapters, reads the input; its mean goes through an MLP;
-one generator for all layers makes the bottleneck adapters that the decoder uses on that input. The
-decoder's memory is that same encoding: nothing is encoded twice, and adapters are made once for all
-steps of decoding.
+The frozen backbone's encoder, with learned adapters, reads the input; the mean of its states goes
+through an MLP; one generator for all layers emits the bottleneck adapters of the decoder for that
+input. The decoder memory is the same encoding: nothing is encoded twice, and adapters are generated
+once for all decoding steps.
 
-``encoder`` and ``decoder`` each say where their adapters come from: ``learned`` (shared by all
-tasks), ``generated``, ``per_task`` (learned for each), ``none``. A generated encoder reads twice:
-with learned adapters, then with those generated of that.
+The options ``encoder`` and ``decoder`` name the origin of their adapters: ``learned`` (shared by
+all tasks), ``generated``, ``per_task`` (learned for each), ``none``. An encoder with generated
+adapters encodes twice: with learned adapters, then with those generated from that encoding.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from hyper_t5 import adapters as ad
-from hyper_t5.hypermodels import specs
-from hyper_t5.hypermodels.heads import dense
 from hyper_t5.hypermodels.learned import Learned
-from hyper_t5.hypermodels.readers import mean_pool
-from hyper_t5.overrides import choose
+from hyper_t5.hypermodels.parts import specs
+from hyper_t5.hypermodels.parts.heads import dense
+from hyper_t5.hypermodels.parts.readers import mean_pool
 from hyper_t5.t5 import T5, T5Config
+from hyper_t5.utils.overrides import choose
 
 Array = jax.Array
 SOURCES = ("learned", "generated", "per_task", "none")
@@ -35,25 +35,25 @@ OPTIONS = {
     "encoder": "learned",
     "decoder": "generated",
     "generator_size": 128,  # the generator's hidden width
-    "pooled_mlp": True,  # an MLP between the mean and the generator
+    "pooled_mlp": True,  # an MLP between mean and generator
 }
 
 
 def build(config: ConfigDict, sizes: T5Config) -> nn.Module:
-    """``hyperdecoder``; ``adapter.bottleneck_sizes`` are the encoder's and the decoder's."""
-    options, found = config.hyperdecoder, specs.bottleneck(config)
+    """Build it; ``adapter.bottleneck_sizes`` are those of encoder and decoder."""
+    options, spec = config.hyperdecoder, specs.bottleneck(config)
     for stack in SITES:
         choose(f"hyperdecoder.{stack}", options[stack], SOURCES)
     per_task = "per_task" in (options.encoder, options.decoder)
     slots = specs.task_slots(config) if per_task else 0
-    return Hyperdecoder(sizes, found, task_slots=slots, **options.to_dict())
+    return Hyperdecoder(sizes, spec, task_slots=slots, **options.to_dict())
 
 
 class Generator(nn.Module):
-    """A vector for each of B inputs -> bottleneck adapters of all layers of a stack.
+    """One vector per input, [B, D] -> bottleneck adapters of all layers of a stack.
 
-    They start at 1e-3 of hyperfan-in: what is generated is as small as it would be, were it
-    initialised by its own fan-in at a thousandth of the usual size.
+    Initialized at 1e-3 of hyperfan-in: generated weights are as large as weights initialized by
+    their own fan-in at a thousandth of the usual scale.
     """
 
     config: T5Config
@@ -62,7 +62,7 @@ class Generator(nn.Module):
 
     @nn.compact
     def __call__(self, features: Array) -> dict[str, Array]:
-        """features [B, D] -> the leaves."""
+        """Map features [B, D] to the leaves."""
         n, b = self.shapes["down"][:2]
         normal = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("layers", None))
         layer = self.param("layer_embedding", normal, (n, 10), jnp.float32).astype(features.dtype)
@@ -84,7 +84,7 @@ class Generator(nn.Module):
 
 
 def _dense(features: int, config: T5Config, scale: float, name: str) -> nn.Dense:
-    """With uniform weights of variance ``scale / fan_in`` and a bias of zeros."""
+    """Return a dense layer with uniform weights of variance ``scale / fan_in`` and zero bias."""
     init = nn.initializers.variance_scaling(scale, "fan_in", "uniform")
     return dense(features, config, ("embed", "mlp"), init, name)
 
@@ -112,16 +112,17 @@ class Hyperdecoder(nn.Module):
         if self.encoder == "generated":
             pooled = mean_pool(states, mask)
             states = encode(self._adapters("encoder", "generated", ids, tasks, pooled))
-        made = self._adapters("decoder", self.decoder, ids, tasks, mean_pool(states, mask))
-        tree = {} if made is None else dict(made.tree)
+        pooled = mean_pool(states, mask)
+        adapters = self._adapters("decoder", self.decoder, ids, tasks, pooled)
+        tree = {} if adapters is None else dict(adapters.tree)
         tree[ad.MEMORY] = {"states": states[None], "mask": mask[None]}
-        spec = ad.AdapterSpec() if made is None else made.spec
+        spec = ad.AdapterSpec() if adapters is None else adapters.spec
         return ad.Adapters(tree, dataclasses.replace(spec, memory=ids.shape[1]))
 
     def _adapters(
         self, stack: str, source: str, ids: Array, tasks: Array, pooled: Array | None = None
     ) -> ad.Adapters | None:
-        """A stack's adapters for B inputs (one for all where the encoder's are learned)."""
+        """Return a stack's adapters for B inputs (one set where the encoder's are learned)."""
         site = SITES[stack]
         if source == "none" or site not in self.spec.sites:
             return None

@@ -1,9 +1,9 @@
-"""Adapters that are parameters: the baselines that generate nothing.
+"""Learned adapters: the baselines that generate nothing.
 
-Ordinary LoRA, prefix tuning or bottleneck adapters (Hu et al. 2021; Li & Liang 2021; He et al.
-2022) in the shape of a hypermodel that ignores what it reads: one set for all tasks, or, with
-``slots``, one for each task, so that a single run tunes the adapters of many tasks side by side.
-They start at random as PEFT's do; `tuning` has other starts.
+LoRA, prefix tuning or bottleneck adapters (Hu et al. 2021; Li & Liang 2021; He et al. 2022) as a
+module that ignores its conditioning: one set for all tasks, or one for each task, so that a single
+run tunes the adapters of many tasks side by side. They are initialized as in PEFT;
+`training.peft_init` has other starts.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from hyper_t5 import adapters as ad
-from hyper_t5.hypermodels import specs
+from hyper_t5.hypermodels.parts import specs
 from hyper_t5.t5 import T5Config
 
 KINDS: dict[str, Callable[[ConfigDict], ad.AdapterSpec]] = {
@@ -27,33 +27,37 @@ KINDS: dict[str, Callable[[ConfigDict], ad.AdapterSpec]] = {
 }
 
 
-def shared(config: ConfigDict, sizes: T5Config) -> nn.Module:
-    """``shared_KIND``: one set of adapters for every task."""
-    return Learned(sizes, KINDS[config.system.removeprefix("shared_")](config))
+def shared(kind: str) -> Callable[[ConfigDict, T5Config], nn.Module]:
+    """Return the builder of one set of adapters of a kind for every task."""
+    return lambda config, sizes: Learned(sizes, KINDS[kind](config))
 
 
-def per_task(config: ConfigDict, sizes: T5Config) -> nn.Module:
-    """``task_KIND``: ordinary tuning, a set for each of ``adapter.task_slots`` tasks."""
-    spec = KINDS[config.system.removeprefix("task_")](config)
-    masked = bool(spec.prefix and config.adapter.prefix_mask)
-    return Learned(sizes, spec, specs.task_slots(config), masked)
+def per_task(kind: str) -> Callable[[ConfigDict, T5Config], nn.Module]:
+    """Return the builder of a set for each of ``adapter.task_slots`` tasks: ordinary tuning."""
+
+    def build(config: ConfigDict, sizes: T5Config) -> nn.Module:
+        spec = KINDS[kind](config)
+        masked = bool(spec.prefix and config.adapter.prefix_mask)
+        return Learned(sizes, spec, specs.task_slots(config), masked)
+
+    return build
 
 
 def leaf_name(path: tuple[Any, ...]) -> str:
-    """The parameter of an adapters' leaf, by its path in their tree: ``enc_self.query.a``."""
+    """Return the parameter name of a leaf by its path in an adapters tree: ``enc_self.query.a``."""
     return ".".join(str(key.key) for key in path)
 
 
 class Learned(nn.Module):
     """Conditioning ids [T, L], unread, and task numbers [T] -> the adapters of T tasks.
 
-    A parameter is a leaf of theirs, [N, slots, ...] or, for all tasks, [N, ...]. ``masked``: so are
-    the masks of prefixes, as 1 and 0; they have no gradient and stay as they start.
+    Each leaf of the adapters is a parameter, [N, slots, ...] or, for all tasks, [N, ...]. With
+    ``masked`` the masks of prefixes are parameters too, 1 and 0, which have no gradient.
     """
 
     config: T5Config
     spec: ad.AdapterSpec
-    task_slots: int = 0  # 0: one set for all tasks
+    task_slots: int = 0  # 0 is one set for all tasks
     masked: bool = False
 
     @nn.compact
@@ -63,11 +67,11 @@ class Learned(nn.Module):
         def leaf(path: tuple, shape: tuple[int, ...]) -> jax.Array:
             name = leaf_name(path)
             axes = ("layers", *(None,) * (len(shape) - 2 + len(slots)))
-            start = _start(name.rpartition(".")[2], shape, len(slots))
-            init = nn.with_logical_partitioning(start, axes)
-            made = self.param(name, init, (shape[0], *slots, *shape[2:]))
-            made = made > 0 if name.endswith("prefix.mask") else made
-            return made[:, tasks] if slots else jnp.broadcast_to(made[:, None], shape)
+            init = _initializer(name.rpartition(".")[2], shape, len(slots))
+            init = nn.with_logical_partitioning(init, axes)
+            param = self.param(name, init, (shape[0], *slots, *shape[2:]))
+            param = param > 0 if name.endswith("prefix.mask") else param
+            return param[:, tasks] if slots else jnp.broadcast_to(param[:, None], shape)
 
         shapes = ad.shapes(self.spec, self.config, ids.shape[0])
         for site in self.spec.prefix.sites if self.spec.prefix and self.masked else ():
@@ -76,11 +80,11 @@ class Learned(nn.Module):
         return ad.Adapters(tree, self.spec)
 
 
-def _start(name: str, shape: tuple[int, ...], slots: int) -> nn.initializers.Initializer:
-    """How a leaf starts: LoRA without effect, bottleneck adapters with hardly any.
+def _initializer(name: str, shape: tuple[int, ...], slots: int) -> nn.initializers.Initializer:
+    """Return the initializer of a leaf: LoRA without effect, bottleneck adapters with hardly any.
 
-    PEFT: LoRA's a is Kaiming-uniform with slope sqrt(5), which is 1/sqrt(inputs) either way; a
-    prefix is an embedding's, N(0, 1).
+    As in PEFT, LoRA's a is Kaiming-uniform with slope sqrt(5), i.e. uniform within 1/sqrt(inputs),
+    and a prefix is N(0, 1).
     """
     if name in ("b", "bias", "down_bias", "up_bias"):
         return nn.initializers.zeros_init()

@@ -1,10 +1,9 @@
 """Text-to-LoRA style (Charakorn et al. 2025): one vector of the task's text -> LoRA.
 
-The vector meets an embedding of each layer and of each module in a small MLP; a linear head a
-module turns the result into a and b. The heads' weights start at zero and their biases as ordinary
+A small MLP combines the vector with an embedding of each layer and of each module; a linear head
+per module maps the result to a and b. The heads' weights start at zero and their biases as ordinary
 LoRA ("bias-hyperinit"): before training it is one shared LoRA without effect. The published model
-has a text embedder of its own; here the frozen backbone's encoder stands in for it, averaged over
-the text.
+has a separate text embedder; here it is the mean of the frozen backbone's encoder states.
 """
 
 from __future__ import annotations
@@ -17,18 +16,18 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from hyper_t5 import adapters as ad
-from hyper_t5.hypermodels import specs
-from hyper_t5.hypermodels.heads import dense, layer_norm
-from hyper_t5.hypermodels.readers import mean_pool
+from hyper_t5.hypermodels.parts import specs
+from hyper_t5.hypermodels.parts.heads import dense, layer_norm
+from hyper_t5.hypermodels.parts.readers import mean_pool
 from hyper_t5.t5 import T5, T5Config
 
 Array = jax.Array
-# Text-to-LoRA's: of the text vector, of layer and module embeddings, of the MLPs, and of the heads.
+# Widths of Text-to-LoRA: text vector, layer and module embeddings, MLPs, and the heads' input.
 TEXT, PLACE, MIXER, WIDE = 64, 32, 512, 512
 
 
 def build(config: ConfigDict, sizes: T5Config) -> nn.Module:
-    """``text_to_lora``."""
+    """Build the ``text_to_lora`` system."""
     return TextToLora(sizes, ad.AdapterSpec(lora=specs.lora(config)))
 
 
@@ -57,11 +56,15 @@ class TextToLora(nn.Module):
             site, _, projection = target.partition(".")
             n, (fan_in, fan_out) = ad.num_layers(site, c), ad.projection_shape(target, c)
             own = layer[:n] if site.startswith("enc") else layer[-n:]
-            place = jnp.concatenate([own, jnp.broadcast_to(module[index], own.shape)], -1)
+            module_and_layer = jnp.concatenate(
+                [own, jnp.broadcast_to(module[index], own.shape)], -1
+            )
             x = jnp.concatenate(  # [N, T, TEXT + 2 PLACE]
                 [
                     jnp.broadcast_to(text, (n, *text.shape)),
-                    jnp.broadcast_to(place[:, None], (n, len(ids), place.shape[-1])),
+                    jnp.broadcast_to(
+                        module_and_layer[:, None], (n, len(ids), module_and_layer.shape[-1])
+                    ),
                 ],
                 -1,
             )
@@ -92,6 +95,6 @@ def _dense(features: int, config: T5Config, name: str) -> nn.Dense:
 
 
 def _head(features: int, config: T5Config, bias: Any, name: str) -> nn.Dense:
-    """A linear head whose output starts as its bias."""
+    """Return a linear head whose initial output is its bias."""
     zero = nn.initializers.zeros_init()
     return dense(features, config, ("embed", "joined_kv"), zero, name, bias)

@@ -1,155 +1,165 @@
-"""Hugging Face T5 folders: `config.json`, and safetensors in one file or several with an index.
+"""Hugging Face T5 folders: `config.json` and `model.safetensors`, or shards with an index.
 
-T5 1.0 and 1.1 and all that have their network: LM-adapted, FLAN-T5, T0, mT5, ByT5. No torch.
+Supports T5 1.0 and 1.1 and models with the same network: LM-adapted, FLAN-T5, T0, mT5, ByT5. Does
+not use torch.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import math
-import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hyper_t5.errors import UserError
-from hyper_t5.files import read_json, write_json
-from hyper_t5.names import (
+from hyper_t5.data.vocab import SENTENCEPIECE_EXTRA_IDS, Vocabulary
+from hyper_t5.t5 import T5Config
+from hyper_t5.utils.errors import UserError
+from hyper_t5.utils.files import read_json, write_json
+from hyper_t5.utils.safetensors_io import SafetensorsWriter, Shape, Tensor, open_safetensors
+from hyper_t5.weights.param_names import (
     HF_ALIASES,
     HF_UNUSED,
     hf_name,
     hf_transposed,
-    layer_paths,
-    param_shapes,
-    t5x_name,
+    layer_shapes,
 )
-from hyper_t5.t5 import T5Config
-from hyper_t5.tensors import BLOCK, SafetensorsWriter, Shape, Tensor, open_safetensors
-from hyper_t5.vocab import SENTENCEPIECE_EXTRA_IDS, Vocabulary
-from hyper_t5.weights.source import Source, VocabIdentity, size_of, verify_layers
+from hyper_t5.weights.source import DtypeOf, TensorSource, VocabIdentity, Write, check_layers
 
 CONFIG, TENSORS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 SPIECE, TOKENIZER = "spiece.model", "tokenizer_config.json"
-SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
-SHARD_BYTES = 5 * 10**9  # most in a file, as transformers had it until its version 5
+# T5Config -> config.json
+_SIZES = {
+    "vocab_size": "vocab_size",
+    "emb_dim": "d_model",
+    "num_heads": "num_heads",
+    "num_encoder_layers": "num_layers",
+    "num_decoder_layers": "num_decoder_layers",
+    "head_dim": "d_kv",
+    "mlp_dim": "d_ff",
+    "relpos_buckets": "relative_attention_num_buckets",
+    "relpos_max_distance": "relative_attention_max_distance",
+}
 _ACTIVATIONS = {"relu": ("relu",), "gated-gelu": ("gelu", "linear")}
-DtypeOf = Callable[[str], np.dtype]
-Put = Callable[[str, np.ndarray], None]
+# Written by transformers next to feed_forward_proj; if they contradict it, they apply.
+_DERIVED = {
+    "relu": {"dense_act_fn": "relu", "is_gated_act": False},
+    "gated-gelu": {"dense_act_fn": "gelu_new", "is_gated_act": True},
+}
+_TOKEN_IDS = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
+_CONSTANTS = {"layer_norm_epsilon": 1e-6, **_TOKEN_IDS}
+_REQUIRED = {**_CONSTANTS, "is_encoder_decoder": True, "is_decoder": False}
+_MUST_BE_OFF = ("tie_encoder_decoder", "quantization_config", "pruned_heads")
+_GENERATION = "generation_config.json"
 
 
-# --------------------------------------------------------------------------------- reading
-
-
-def open_folder(root: Path) -> Source:
-    """Reads the config and the headers, and checks one with the other."""
+def open_folder(root: Path) -> TensorSource:
+    """Read the config and the headers, and check one against the other."""
     state = _tensors(root)
+    config = read_config(root)
     raw = read_json(root / CONFIG)
-    sizes = config_of(root)
-    # Transformers 5 leaves the head out of the file when its values are those of the embedding.
+    # Transformers 5 leaves the head out of the file if its values are those of the embedding.
     shared_head = bool(raw.get("tie_word_embeddings", raw["model_type"] == "t5"))
-    _drop_aliases(state, sizes.logits_via_embedding, shared_head)
+    _drop_aliases(state, config.logits_via_embedding, shared_head)
+    check_layers(config, state, str(root), _entry)
     tensors = {}
-    for name, tensor in state.items():
-        path = t5x_name(name) or name
+    for path in layer_shapes(config):
+        tensor = state[hf_name(path)]
         tensors[path] = tensor.transposed() if hf_transposed(path) else tensor
-    verify_layers(sizes, tensors, str(root), describe)
-    return Source("hf", str(root), sizes, tensors, _vocab(root), describe=describe)
+    return TensorSource("hf", str(root), config, tensors, _vocab(root))
 
 
-def describe(path: str, shape: Shape) -> tuple[str, Shape]:
-    """A path and shape of ours as Hugging Face has them."""
-    try:
-        return hf_name(path), shape[::-1] if hf_transposed(path) else shape
-    except KeyError:
-        return path, shape
+def _entry(path: str, shape: Shape) -> tuple[str, Shape]:
+    """Return Hugging Face's name and shape of a per-layer T5X path."""
+    return hf_name(path), shape[::-1] if hf_transposed(path) else shape
 
 
 def _tensors(root: Path) -> dict[str, Tensor]:
     if (root / TENSORS).exists():
         return open_safetensors(root / TENSORS)
-    index = root / INDEX
-    if index.exists():
-        return _sharded_tensors(root, index)
-    pickles = [*root.glob("*.bin"), *root.glob("*.pt")]
-    remedy = (
-        f"{pickles[0].name} is a pickle and is not opened: load the model with transformers and"
-        " call save_pretrained(folder, safe_serialization=True)"
-        if pickles
-        else "the folder is incomplete"
-    )
-    raise UserError(f"{root}: holds no model.safetensors; {remedy}")
+    if (root / INDEX).exists():
+        return _sharded_tensors(root, root / INDEX)
+    for pickle in (*root.glob("*.bin"), *root.glob("*.pt")):
+        raise UserError(
+            f"{root}: {pickle.name} is a pickle and is not loaded; load the model with transformers"
+            " and call save_pretrained(folder, safe_serialization=True)"
+        )
+    raise UserError(f"{root}: holds no model.safetensors; the folder is incomplete")
 
 
 def _sharded_tensors(root: Path, index: Path) -> dict[str, Tensor]:
-    """What an index names, each tensor in the file that it says, and nothing beside it."""
+    """Open the shards of an index, and check that they hold the tensors that it lists."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise UserError(f'{index}: lacks the object "weight_map"')
-    shards = sorted(set(map(str, weight_map.values())))
-    for name in shards:
-        # Links are followed: Hugging Face's own cache is made of them.
-        if Path(name).name != name or name in (".", ".."):
-            raise UserError(f"{index}: {name} points outside of the folder")
-        if not name.endswith(".safetensors"):
-            raise UserError(f"{index}: {name} is no safetensors file, and no other is opened")
     state: dict[str, Tensor] = {}
-    for name in shards:
-        found = open_safetensors(root / name)
+    names = sorted(set(map(str, weight_map.values())))
+    for name in names:
+        # A symbolic link is followed: Hugging Face's cache consists of them.
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise UserError(f"{index}: {name} is not a safetensors file in this folder")
+    for name in names:
+        shard = open_safetensors(root / name)
         listed = {tensor for tensor, file in weight_map.items() if file == name}
-        if wrong := listed ^ found.keys():
-            one = min(wrong)
-            says = "lacks" if one in listed else "also holds"
-            raise UserError(f"{root / name}: {says} {one}, unlike what {index.name} says of it")
-        state |= found
+        if wrong := listed ^ shard.keys():
+            verb = "lacks" if min(wrong) in listed else "also holds"
+            raise UserError(f"{root / name}: {verb} {min(wrong)}, which contradicts {index.name}")
+        state |= shard
     return state
 
 
-def config_of(root: Path) -> T5Config:
-    """The sizes, from config.json alone."""
+def read_config(root: Path) -> T5Config:
+    """Read the T5Config from config.json."""
     file = root / CONFIG
     raw = read_json(file)
     kind = raw["model_type"]
     if kind not in ("t5", "mt5"):
-        why = "; umt5 has a position table in every layer" if kind == "umt5" else ""
-        raise UserError(
-            f"{file}: model_type is {kind!r}; only 't5' and 'mt5' are this network{why}"
-        )
+        reason = "; umt5 has a position table in every layer" if kind == "umt5" else ""
+        raise UserError(f"{file}: model_type is {kind!r}; only t5 and mt5 are supported{reason}")
     activation = raw.get("feed_forward_proj", "relu" if kind == "t5" else "gated-gelu")
     if activation not in _ACTIVATIONS:
         raise UserError(
             f"{file}: feed_forward_proj is {activation!r}; supported: {', '.join(_ACTIVATIONS)}"
         )
-    fixed = {"layer_norm_epsilon": 1e-6, "pad_token_id": 0, "decoder_start_token_id": 0}
-    for name, wanted in fixed.items():
-        if raw.get(name, wanted) != wanted:
-            raise UserError(f"{file}: {name} is {raw[name]}; T5 has {wanted}")
+    _check_values(raw, _REQUIRED | _DERIVED[activation], file)
+    for name in _MUST_BE_OFF:
+        if raw.get(name):
+            raise UserError(
+                f"{file}: {name} is {raw[name]!r:.40}, which is not supported; save the model"
+                " without it"
+            )
+    if (root / _GENERATION).exists():  # transformers generates with these ids
+        _check_values(read_json(root / _GENERATION), _TOKEN_IDS, root / _GENERATION)
     raw.setdefault("relative_attention_num_buckets", 32)
     raw.setdefault("relative_attention_max_distance", 128)
-    if raw.get("num_decoder_layers") is None:  # as transformers' own config class takes it
+    if raw.get("num_decoder_layers") is None:  # the default of transformers
         raw["num_decoder_layers"] = raw.get("num_layers")
+    sizes: dict[str, Any] = {ours: raw.get(theirs) for ours, theirs in _SIZES.items()}
+    for ours, size in sizes.items():
+        if type(size) is not int or size < 1:
+            raise UserError(f"{file}: {_SIZES[ours]} must be a positive integer, not {size!r}")
     return T5Config(
-        vocab_size=size_of(raw, "vocab_size", file),
-        emb_dim=size_of(raw, "d_model", file),
-        num_heads=size_of(raw, "num_heads", file),
-        num_encoder_layers=size_of(raw, "num_layers", file),
-        num_decoder_layers=size_of(raw, "num_decoder_layers", file),
-        head_dim=size_of(raw, "d_kv", file),
-        mlp_dim=size_of(raw, "d_ff", file),
-        mlp_activations=_ACTIVATIONS[activation],
-        logits_via_embedding=_tied(raw),
-        relpos_buckets=size_of(raw, "relative_attention_num_buckets", file),
-        relpos_max_distance=size_of(raw, "relative_attention_max_distance", file),
+        **sizes, mlp_activations=_ACTIVATIONS[activation], logits_via_embedding=_is_tied(raw)
     )
 
 
-def _tied(raw: Mapping[str, Any]) -> bool:
-    """Whether the output layer is the scaled embedding (T5 1.0) or has its own kernel.
+def _check_values(raw: Mapping[str, Any], required: Mapping[str, Any], file: Path) -> None:
+    """Raise a UserError for a value that differs from the only one that is computed with."""
+    for name, value in required.items():
+        if raw.get(name, value) != value:
+            raise UserError(
+                f"{file}: {name} is {raw[name]!r:.40}, and only {value!r} is supported; use a model"
+                " that was trained with it"
+            )
 
-    Up to transformers 4 the flag `tie_word_embeddings` says so. Transformers 5 saves that flag as
-    true for every model and keeps what it said in `scale_decoder_outputs`; mT5 is never scaled.
+
+def _is_tied(raw: Mapping[str, Any]) -> bool:
+    """Return whether the output layer is the scaled embedding (T5 1.0) or has its own kernel.
+
+    Up to transformers 4 this is the flag `tie_word_embeddings`. Transformers 5 saves that flag as
+    true for every model and uses `scale_decoder_outputs`; mT5 is never scaled.
     """
     if raw["model_type"] == "mt5":
         return False
@@ -157,118 +167,74 @@ def _tied(raw: Mapping[str, Any]) -> bool:
 
 
 def _drop_aliases(state: dict[str, Tensor], tied: bool, shared_head: bool) -> None:
-    """Leaves in `state` one name for each array of this T5.
+    """Keep one name for each tensor in `state`.
 
-    Args:
-      state: what the files hold; changed.
-      tied: the model has no array for its head.
-      shared_head: the model has one, but the file may leave it out when it is the embedding.
+    A file may name the embedding by any of its aliases: safetensors stores shared memory once. A
+    tied model has no tensor for its head; with `shared_head` the file may lack an untied head.
     """
     state.pop(HF_UNUSED, None)
-    if "shared.weight" not in state and HF_ALIASES[0] in state:
-        state["shared.weight"] = state[HF_ALIASES[0]]
-    if "shared.weight" not in state:
+    head = state.get("lm_head.weight")
+    names = ["shared.weight", *HF_ALIASES, *(["lm_head.weight"] if tied else [])]
+    aliases = {name: state.pop(name) for name in names if name in state}
+    if not aliases and shared_head and head:
+        aliases["lm_head.weight"] = head
+    if not aliases:
         return
-    shared = state["shared.weight"]
-    head = ("lm_head.weight",) if tied else ()
-    for name in (*HF_ALIASES, *head):
-        alias = state.pop(name, shared)
-        if alias is not shared and not _equal(alias, shared):
+    (first, shared), *others = aliases.items()
+    for name, alias in others:
+        if alias.shape != shared.shape or not np.array_equal(alias.read(), shared.read()):
             raise UserError(
-                f"{alias.file}: {name} differs from shared.weight, which config.json says it equals"
+                f"{alias.file}: {name} differs from {first}, and T5 has one embedding; save the"
+                " model again"
             )
+    state["shared.weight"] = shared
     if shared_head and not tied:
         state.setdefault("lm_head.weight", shared)
 
 
-def _equal(left: Tensor, right: Tensor) -> bool:
-    """Whether two arrays on disk have the same values, some rows at a time."""
-    if left.shape != right.shape:
-        return False
-    rows = max(1, BLOCK // max(1, 4 * math.prod(left.shape[1:])))
-    parts = [slice(at, at + rows) for at in range(0, left.shape[0], rows)] if left.shape else []
-    return all(np.array_equal(left.read(part), right.read(part)) for part in parts)
-
-
 def _vocab(root: Path) -> VocabIdentity | None:
-    """The vocabulary of a Hugging Face folder, as far as its files tell it."""
+    """Return the identity of the vocabulary if the folder has one."""
     file = root / TOKENIZER
     settings = read_json(file) if file.exists() else {}
     if (root / SPIECE).exists():
         sha256 = hashlib.sha256((root / SPIECE).read_bytes()).hexdigest()
+        extra_ids = settings.get("extra_ids", SENTENCEPIECE_EXTRA_IDS)
         identity = {"kind": "sentencepiece", "file": SPIECE, "sha256": sha256}
-        return {**identity, "extra_ids": settings.get("extra_ids", SENTENCEPIECE_EXTRA_IDS)}
+        return identity | {"extra_ids": extra_ids}
     if settings.get("tokenizer_class") == "ByT5Tokenizer":
         return {"kind": "bytes", "extra_ids": settings.get("extra_ids", 125)}
     return None
 
 
-# --------------------------------------------------------------------------------- writing
-
-
 @contextlib.contextmanager
 def writer(
-    folder: Path,
-    sizes: T5Config,
-    dtype_of: DtypeOf,
-    vocab: Vocabulary | None,
-    shard_bytes: int = SHARD_BYTES,
-) -> Iterator[Put]:
-    """Gives the function that writes one array under T5X's per-layer path, in any order.
+    folder: Path, config: T5Config, dtype_of: DtypeOf, vocab: Vocabulary | None
+) -> Iterator[Write]:
+    """Yield a function that writes one array under T5X's per-layer path, in any order.
 
-    The folder is for `T5ForConditionalGeneration.from_pretrained`: a model that transformers 5
-    builds from the config alone ties output and embedding whatever the config says.
+    Load the folder with `T5ForConditionalGeneration.from_pretrained`: a model that transformers 5
+    builds from the config alone always ties output and embedding.
 
     Raises:
-      UserError: Hugging Face's T5 has no such network.
+      UserError: Hugging Face's T5 cannot express the network.
     """
     layout = {}
-    for path, shape in param_shapes(sizes).items():
-        for name, part in layer_paths(path, shape).items():
-            layout[hf_name(name)] = dtype_of(name), describe(name, part)[1]
+    for path, shape in layer_shapes(config).items():
+        name, stored_shape = _entry(path, shape)
+        layout[name] = dtype_of(path), stored_shape
     dtypes = {dtype.name for dtype, _ in layout.values()}
-    write_json(folder / CONFIG, _config(sizes, dtypes))
+    write_json(folder / CONFIG, _config_json(config, dtypes))
     _write_tokenizer(folder, vocab)
-    shards = _shards(layout, shard_bytes)
-    place = {name: file for file, names in shards.items() for name in names}
-    if len(shards) > 1:
-        total = sum(math.prod(shape) * dtype.itemsize for dtype, shape in layout.values())
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(place.items()))}
-        write_json(folder / INDEX, index)
-    with contextlib.ExitStack() as stack:
-        files = {
-            file: stack.enter_context(
-                SafetensorsWriter(folder / file, {n: layout[n] for n in names}, {"format": "pt"})
-            )
-            for file, names in shards.items()
-        }
+    with SafetensorsWriter(folder / TENSORS, layout, {"format": "pt"}) as file:
 
-        def put(path: str, array: np.ndarray) -> None:
-            name = hf_name(path)
-            files[place[name]].write(name, array.T if hf_transposed(path) else array)
+        def write(path: str, array: np.ndarray) -> None:
+            file.write(hf_name(path), array.T if hf_transposed(path) else array)
 
-        yield put
+        yield write
 
 
-def _shards(layout: Mapping[str, tuple[np.dtype, Shape]], shard_bytes: int) -> dict[str, list[str]]:
-    """File -> names of its tensors, in their order, at most ``shard_bytes`` where more than one."""
-    parts: list[list[str]] = [[]]
-    size = 0
-    for name, (dtype, shape) in layout.items():
-        each = math.prod(shape) * dtype.itemsize
-        if parts[-1] and size + each > shard_bytes:
-            parts.append([])
-            size = 0
-        parts[-1].append(name)
-        size += each
-    if len(parts) == 1:
-        return {TENSORS: parts[0]}
-    count = len(parts)
-    return {f"model-{i:05d}-of-{count:05d}.safetensors": p for i, p in enumerate(parts, 1)}
-
-
-def _config(config: T5Config, dtypes: Collection[str]) -> dict[str, Any]:
-    names = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
+def _config_json(config: T5Config, dtypes: Collection[str]) -> dict[str, Any]:
+    names = {activations: name for name, activations in _ACTIVATIONS.items()}
     activations = tuple(config.mlp_activations)
     if activations not in names:
         raise UserError(
@@ -279,23 +245,12 @@ def _config(config: T5Config, dtypes: Collection[str]) -> dict[str, Any]:
         "architectures": ["T5ForConditionalGeneration"],
         "model_type": "t5",
         "is_encoder_decoder": True,
-        "vocab_size": config.vocab_size,
-        "d_model": config.emb_dim,
-        "d_kv": config.head_dim,
-        "d_ff": config.mlp_dim,
-        "num_layers": config.num_encoder_layers,
-        "num_decoder_layers": config.num_decoder_layers,
-        "num_heads": config.num_heads,
-        "relative_attention_num_buckets": config.relpos_buckets,
-        "relative_attention_max_distance": config.relpos_max_distance,
+        **{theirs: getattr(config, ours) for ours, theirs in _SIZES.items()},
+        **_CONSTANTS,
         "feed_forward_proj": names[activations],
-        "layer_norm_epsilon": 1e-6,
         "dropout_rate": config.dropout_rate,
         "initializer_factor": 1.0,
         "tie_word_embeddings": config.logits_via_embedding,
-        "decoder_start_token_id": 0,
-        "pad_token_id": 0,
-        "eos_token_id": 1,
         "use_cache": True,
         "torch_dtype": "bfloat16" if dtypes == {"bfloat16"} else "float32",
     }
@@ -307,6 +262,6 @@ def _write_tokenizer(folder: Path, vocab: Vocabulary | None) -> None:
     identity = vocab.save(folder)
     if "file" in identity:
         (folder / identity["file"]).rename(folder / SPIECE)
-    kinds = {"sentencepiece": "T5Tokenizer", "bytes": "ByT5Tokenizer"}
-    settings = {"tokenizer_class": kinds[identity["kind"]], "extra_ids": identity["extra_ids"]}
+    classes = {"sentencepiece": "T5Tokenizer", "bytes": "ByT5Tokenizer"}
+    settings = {"tokenizer_class": classes[identity["kind"]], "extra_ids": identity["extra_ids"]}
     write_json(folder / TOKENIZER, settings)

@@ -1,4 +1,4 @@
-"""From a path to a backbone in memory, or over the devices of a mesh."""
+"""Loading of a backbone from a path into host memory, or onto the devices of a mesh."""
 
 from __future__ import annotations
 
@@ -12,138 +12,139 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from flax import traverse_util
 from jax.sharding import NamedSharding, PartitionSpec
 
-from hyper_t5 import names, sharding
-from hyper_t5.errors import UserError
-from hyper_t5.files import read_json
-from hyper_t5.names import Params, layer_paths, param_shapes, stacked_path
+from hyper_t5.parallel import sharding
 from hyper_t5.t5 import T5Config
-from hyper_t5.weights import hf, native, t5x
-from hyper_t5.weights.source import Source, VocabIdentity
-
-STORAGE_DTYPES = {"float32": np.dtype("float32"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+from hyper_t5.utils.errors import UserError
+from hyper_t5.utils.files import read_json
+from hyper_t5.weights import hf, native, param_names, t5x
+from hyper_t5.weights.param_names import Params, layer_paths, param_shapes, stacked_path
+from hyper_t5.weights.source import STORAGE_DTYPES, TensorSource, VocabIdentity
 
 
 def load_backbone(
     path: str | os.PathLike[str], *, dtype: str = "float32"
 ) -> tuple[T5Config, Params, VocabIdentity | None]:
-    """Reads a backbone from a native, T5X or Hugging Face path.
+    """Read a backbone into host memory.
 
     Args:
-      path: a folder of one of the three layouts, or a T5X `checkpoint` file.
-      dtype: how to store the weights, 'float32' or 'bfloat16'.
+      path: A native, T5X or Hugging Face folder, or a T5X `checkpoint` file.
+      dtype: `float32` or `bfloat16`, the dtype of the weights in memory.
 
     Returns:
-      The config; the nested dict of numpy arrays, layers stacked (see `param_shapes`); and the
-      identity of its vocabulary, for `vocab.load_vocab(identity, base_dir=path)`; None where the
-      folder does not say (always for T5X).
+      The config; the nested dict of numpy arrays with stacked layers (see `param_shapes`); and the
+      identity of the vocabulary, for `vocab.load_vocab(identity, base_dir=path)`, or None if the
+      folder has none (always for T5X).
 
     Raises:
-      UserError: what is at `path` is missing, damaged, or not a T5.
+      UserError: There is no T5 at `path`, or it is damaged.
     """
-    kept = storage_dtype(dtype)
+    storage = storage_dtype(dtype)
     source = open_source(path)
-    return source.sizes, _in_memory(source, kept), source.vocab
+    return source.config, _in_memory(source, storage), source.vocab
 
 
 def load_sharded(
-    path: str | os.PathLike[str], where: Callable[[T5Config], Any], *, dtype: str = "float32"
+    path: str | os.PathLike[str],
+    make_shardings: Callable[[T5Config], Any],
+    *,
+    dtype: str = "float32",
 ) -> tuple[T5Config, Params, VocabIdentity | None, str]:
-    """As `load_backbone`, onto the devices of a mesh: the host never holds more than an array.
+    """Read a backbone onto the devices of a mesh; the host holds one array at a time.
 
-    One layer of one array after the other is read, once, and each device takes its part. Every
-    process of a run must call it. A T5X tree of scanned layers is whole on the host in between.
+    Each array is read once, layer by layer, and each device takes its part. Every process of a run
+    must call it. A T5X tree of scanned layers is read into host memory first.
 
     Args:
-      path: as `load_backbone` takes it.
-      where: from the sizes to a tree of shardings, as the parameters' tree.
-      dtype: how to store the weights, 'float32' or 'bfloat16'.
+      path: As for `load_backbone`.
+      make_shardings: Returns the tree of shardings, like the parameters, for a config.
+      dtype: `float32` or `bfloat16`.
 
     Returns:
-      What `load_backbone` returns, arrays being jax's, and the digest (`names.digest`) of them.
+      As `load_backbone`, with jax.Arrays, and the digest of the weights (`param_names.digest`).
     """
-    kept = storage_dtype(dtype)
+    storage = storage_dtype(dtype)
     source = open_source(path)
-    placed = where(source.sizes)
+    shardings = make_shardings(source.config)
     if source.scanned:
-        host = _in_memory(source, kept)
-        digest, params = names.digest(host), sharding.put(host, placed)
+        host = _in_memory(source, storage)
+        digest, params = param_names.digest(host), sharding.device_put(host, shardings)
     else:
-        params, digest = _on_devices(source, kept, placed)
-    return source.sizes, params, source.vocab, digest
+        params, digest = _on_devices(source.astype(storage), storage, shardings)
+    return source.config, params, source.vocab, digest
 
 
-def read_sizes(path: str | os.PathLike[str]) -> T5Config:
-    """The sizes of the T5 at a path, from its config or from the shapes of its arrays."""
+def read_config(path: str | os.PathLike[str]) -> T5Config:
+    """Read the T5Config at a path, for T5X from the shapes of the arrays."""
     root = Path(path)
-    kind = detect(root)
-    if kind == "t5x":
-        return t5x.open_checkpoint(root).sizes
-    return native.config_of(root) if kind == "native" else hf.config_of(root)
+    match detect(root):
+        case "t5x":
+            return t5x.open_checkpoint(root).config
+        case "native":
+            return native.read_config(root)
+        case _:
+            return hf.read_config(root)
 
 
-def open_source(path: str | os.PathLike[str], kind: str = "") -> Source:
-    """What lies at a path; its names and shapes are checked, its arrays not yet read.
+def open_source(path: str | os.PathLike[str], expected_format: str = "") -> TensorSource:
+    """Open a backbone: names and shapes are checked, no values are read.
 
-    ``kind`` is 'native', 't5x' or 'hf' where it is known; what is found must be of it.
+    Args:
+      path: As for `load_backbone`.
+      expected_format: `native`, `t5x` or `hf`; empty accepts all.
     """
     root = Path(path)
-    found = detect(root)
-    if kind and found != kind:
-        raise UserError(f"{root}: is a folder of the format {found}, not {kind}")
-    openers = {
-        "native": native.open_folder,
-        "t5x": t5x.open_checkpoint,
-        "hf": hf.open_folder,
-    }
-    return openers[found](root)
+    stored_format = detect(root)
+    if expected_format not in ("", stored_format):
+        raise UserError(f"{root}: has the format {stored_format}, not {expected_format}")
+    openers = {"native": native.open_folder, "t5x": t5x.open_checkpoint, "hf": hf.open_folder}
+    return openers[stored_format](root)
 
 
 def detect(root: Path) -> str:
-    """Which layout is at `root`: 'native', 't5x' or 'hf'.
+    """Return the format at a path: `native`, `t5x` or `hf`.
 
     Raises:
-      UserError: none of them; the message says what was looked for and what is there instead.
+      UserError: It is none of them.
     """
     if not root.exists():
-        raise UserError(f"{root}: does not exist; give a folder with T5 weights")
+        raise UserError(f"{root}: does not exist; use a folder with T5 weights")
     if root.is_file():
         if root.suffix in (".safetensors", ".json", ".bin", ".pt", ".index"):
-            raise UserError(f"{root}: is a file; give the folder that holds it")
+            raise UserError(f"{root}: is a file; use its folder")
         return "t5x"
     if (root / "_METADATA").exists():
         raise UserError(
-            f"{root}: is an Orbax checkpoint; only T5X's own format (a file `checkpoint` and zarr"
-            " folders) is read: restore it with T5X and save it with t5x.checkpoints.Checkpointer"
+            f"{root}: is an Orbax checkpoint, which is not supported; restore it with T5X and save"
+            " it with t5x.checkpoints.Checkpointer"
         )
     if (root / t5x.FILE).is_file():
         return "t5x"
-    if (root / native.CONFIG).is_file():
-        content = read_json(root / native.CONFIG)
-        if content.get("format") == native.FORMAT:
-            return "native"
-        if "model_type" in content:
-            return "hf"
+    content = read_json(root / native.CONFIG) if (root / native.CONFIG).is_file() else {}
+    if content.get("format") == native.FORMAT:
+        return "native"
+    if "model_type" in content:
+        return "hf"
+    if snapshots := [*root.glob("snapshots/*"), *root.glob("models--*/snapshots/*")]:
+        latest = max(snapshots, key=lambda path: path.stat().st_mtime)
         raise UserError(
-            f'{root / native.CONFIG}: has neither "format": "{native.FORMAT}" nor Hugging'
-            ' Face\'s field "model_type": it describes no T5'
+            f"{root}: is a cache of Hugging Face; use a snapshot in it, such as {latest}"
         )
     steps = [p for p in root.glob("checkpoint_*") if p.is_dir() and ".tmp-" not in p.name]
     if steps:
         latest = max(steps, key=lambda p: [int(n) for n in re.findall(r"\d+", p.name)])
-        raise UserError(f"{root}: holds {len(steps)} T5X checkpoints; give one, such as {latest}")
+        raise UserError(f"{root}: holds {len(steps)} T5X checkpoints; use one, such as {latest}")
     raise UserError(
-        f"{root}: holds no T5 weights: neither config.json (native or Hugging Face) nor a file"
-        " `checkpoint` (T5X)"
+        f"{root}: holds no T5 weights; use a folder with config.json (native or Hugging Face) or a"
+        " file `checkpoint` (T5X)"
     )
 
 
 def storage_dtype(name: str, field: str = "backbone.dtype") -> np.dtype:
-    """The dtype of a name; UserError where weights are not stored so."""
+    """Return the dtype of weights by its name; `field` is for the message."""
     if name not in STORAGE_DTYPES:
         raise UserError(
             f"{field}: {name!r} is not one of {', '.join(STORAGE_DTYPES)} (T5 overflows in float16)"
@@ -151,50 +152,47 @@ def storage_dtype(name: str, field: str = "backbone.dtype") -> np.dtype:
     return STORAGE_DTYPES[name]
 
 
-# ------------------------------------------------------------------------------------ placing
-
-
-def _in_memory(source: Source, dtype: np.dtype) -> Params:
-    """The whole tree on the host, one array after the other: never is it in memory twice."""
+def _in_memory(source: TensorSource, dtype: np.dtype) -> Params:
+    """Read the whole tree, each array straight into its place."""
     flat = {}
-    for path, shape in param_shapes(source.sizes).items():
-        flat[path] = out = np.empty(shape, dtype)
+    for path, shape in param_shapes(source.config).items():
+        flat[path] = array = np.empty(shape, dtype)
         if "/layers/" not in path:
-            out[...] = source.tensors[path].read()
+            array[...] = source.tensors[path].read()
             continue
         for i, name in enumerate(layer_paths(path, shape)):
-            out[i] = source.tensors[name].read()
+            array[i] = source.tensors[name].read()
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
-def _on_devices(source: Source, dtype: np.dtype, placed: Any) -> tuple[Params, str]:
-    """The tree over the devices, and its digest; in the digest's order each array is read once."""
-    where: dict[str, NamedSharding] = traverse_util.flatten_dict(placed, sep="/")
+def _on_devices(source: TensorSource, dtype: np.dtype, shardings: Any) -> tuple[Params, str]:
+    """Read each array once, in the order of the digest, onto the devices."""
+    sharding_of: dict[str, NamedSharding] = traverse_util.flatten_dict(shardings, sep="/")
     flat = {
-        path: jax.jit(functools.partial(jnp.zeros, shape, dtype), out_shardings=where[path])()
-        for path, shape in param_shapes(source.sizes).items()
+        path: jax.jit(functools.partial(jnp.zeros, shape, dtype), out_shardings=sharding_of[path])()
+        for path, shape in param_shapes(source.config).items()
         if "/layers/" in path
     }
     digest = hashlib.sha256()
-    for name in source.order():
-        array = source.tensors[name].read().astype(dtype, copy=False)
-        names.add_to_digest(digest, name, array)
+    for name in source.read_order():
+        array = source.tensors[name].read()
+        param_names.update_digest(digest, name, array)
         path, layer = stacked_path(name)
         if layer is None:
-            flat[path] = _cut(array, where[path])
+            flat[path] = _shard(array, sharding_of[path])
             continue
-        spec = PartitionSpec(*where[path].spec[1:])
-        part = _cut(array, NamedSharding(where[path].mesh, spec))
-        # Not ahead of the devices: what waits for them would pile up on the host.
-        flat[path] = jax.block_until_ready(_insert(flat[path], part, layer))
+        layer_spec = PartitionSpec(*sharding_of[path].spec[1:])
+        part = _shard(array, NamedSharding(sharding_of[path].mesh, layer_spec))
+        # Wait for the devices: arrays in transfer would accumulate on the host.
+        flat[path] = jax.block_until_ready(_set_layer(flat[path], part, layer))
     return traverse_util.unflatten_dict(flat, sep="/"), digest.hexdigest()
 
 
-def _cut(array: np.ndarray, where: NamedSharding) -> jax.Array:
-    return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
+def _shard(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _insert(stacked: jax.Array, part: jax.Array, layer: int) -> jax.Array:
-    """``stacked`` with one layer replaced, in place, where it lies."""
+def _set_layer(stacked: jax.Array, part: jax.Array, layer: int) -> jax.Array:
+    """Replace one layer in place."""
     return jax.lax.dynamic_update_index_in_dim(stacked, part, layer, 0)

@@ -1,72 +1,84 @@
-"""A T5 that lies somewhere, whatever the format: what every reader makes and every writer takes."""
+"""A backbone in any format whose tensors are read on demand."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
+import functools
 from collections.abc import Callable, Collection, Mapping
-from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from flax import traverse_util
 
-from hyper_t5.errors import UserError
-from hyper_t5.names import Params, layer_paths, param_shapes, t5x_paths
 from hyper_t5.t5 import T5Config
-from hyper_t5.tensors import Shape, Tensor, of_array
+from hyper_t5.utils.errors import UserError
+from hyper_t5.utils.safetensors_io import Shape, Tensor, of_array
+from hyper_t5.weights.param_names import Params, layer_paths, layer_shapes, param_shapes
 
 VocabIdentity = dict[str, Any]
-# A path and shape of ours -> the same as its format has them, for messages.
-Describe = Callable[[str, Shape], tuple[str, Shape]]
-
-
-def as_is(path: str, shape: Shape) -> tuple[str, Shape]:
-    """The names of T5X, which are ours."""
-    return path, shape
+DtypeOf = Callable[[str], np.dtype]  # T5X's per-layer path -> dtype on disk
+Write = Callable[[str, np.ndarray], None]  # takes T5X's per-layer path and the array
+STORAGE_DTYPES = {"float32": np.dtype("float32"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
-    """Sizes, and arrays that are read when they are asked for.
+class TensorSource:
+    """The config and the tensors of a stored backbone.
 
     Attributes:
-      kind: 'native', 't5x', 'hf', or 'memory'.
-      where: the folder or file, for messages.
-      sizes: of the T5.
-      tensors: T5X's per-layer path -> array; names, shapes and kinds are known to fit ``sizes``.
-      vocab: identity of its vocabulary; None where its files do not say.
-      scanned: its files hold an array of all layers as one, which must be read to have one layer.
-      describe: how its format names an array.
+      format: `native`, `t5x`, `hf` or `memory`.
+      path: The folder or file, for messages.
+      config: The T5's config.
+      tensors: T5X's per-layer path -> tensor. Names, shapes and dtypes are checked.
+      vocab: Identity of the vocabulary; None if it is not stored.
+      scanned: Whether all layers of an array are stored as one, which is read whole.
     """
 
-    kind: str
-    where: str
-    sizes: T5Config
+    format: str
+    path: str
+    config: T5Config
     tensors: Mapping[str, Tensor]
     vocab: VocabIdentity | None = None
     scanned: bool = False
-    describe: Describe = as_is
 
-    def order(self) -> list[str]:
-        """Every path: sorted, or, where that costs much, all layers of an array together."""
-        return t5x_paths(self.sizes) if self.scanned else sorted(self.tensors)
+    def read_order(self) -> list[str]:
+        """List all paths: sorted as in the digest, or by array if each read is of all layers."""
+        return list(layer_shapes(self.config)) if self.scanned else sorted(self.tensors)
+
+    def dtype_of(self, path: str) -> np.dtype:
+        """Return the dtype of one tensor."""
+        return STORAGE_DTYPES[self.tensors[path].dtype]
+
+    def astype(self, dtype: np.dtype | None) -> TensorSource:
+        """Cast all tensors to `dtype`; None casts those that cannot be stored to float32."""
+        tensors = {}
+        for path, tensor in self.tensors.items():
+            own = STORAGE_DTYPES.get(tensor.dtype, STORAGE_DTYPES["float32"])
+            target = own if dtype is None else dtype
+            load = functools.partial(_load_as, tensor, target)
+            tensors[path] = dataclasses.replace(tensor, dtype=target.name, load=load)
+        return dataclasses.replace(self, tensors=tensors)
 
 
-def of_params(sizes: T5Config, params: Params) -> Source:
-    """A tree in memory (`names.param_shapes`) as a source.
+def _load_as(tensor: Tensor, dtype: np.dtype, rows: slice) -> np.ndarray:
+    return tensor.load(rows).astype(dtype, copy=False)
+
+
+def from_params(config: T5Config, params: Params) -> TensorSource:
+    """Wrap parameters in memory, with stacked layers.
 
     Raises:
-      UserError: the tree is not one of these sizes.
+      UserError: The parameters do not fit the config.
     """
     flat = traverse_util.flatten_dict(params, sep="/")
     stacked = {path: of_array(np.asarray(leaf)) for path, leaf in flat.items()}
-    verify(param_shapes(sizes), stacked, "parameters")
-    return Source("memory", "parameters", sizes, by_layer(stacked))
+    check_tensors(param_shapes(config), stacked, "parameters")
+    return TensorSource("memory", "parameters", config, split_layers(stacked))
 
 
-def by_layer(stacked: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Arrays of all layers, axis 0, as one array a layer under T5X's paths."""
+def split_layers(stacked: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Split tensors with layers on axis 0 into one tensor per layer, under T5X's paths."""
     tensors = {}
     for path, tensor in stacked.items():
         for i, name in enumerate(layer_paths(path, tensor.shape)):
@@ -74,70 +86,46 @@ def by_layer(stacked: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
-def verify_layers(
-    sizes: T5Config, tensors: Mapping[str, Tensor], where: str, describe: Describe = as_is
-) -> None:
-    """`verify` of arrays under T5X's per-layer paths."""
-    layers = sizes.num_encoder_layers + sizes.num_decoder_layers
-    if layers > len(tensors):  # before so many names are made
-        raise UserError(f"{where}: declares {layers} layers, but holds {len(tensors)} arrays")
-    shapes = param_shapes(sizes)
-    expected = [layer_paths(path, shape).items() for path, shape in shapes.items()]
-    verify(dict(itertools.chain.from_iterable(expected)), tensors, where, describe)
-
-
-def verify(
-    expected: Mapping[str, Shape],
+def check_layers(
+    config: T5Config,
     tensors: Mapping[str, Tensor],
-    where: str,
-    describe: Describe = as_is,
+    path: str,
+    entry: Callable[[str, Shape], tuple[str, Shape]] = lambda name, shape: (name, shape),
 ) -> None:
-    """Compares names, shapes and kinds with those expected, before a single array is read.
+    """Check per-layer tensors against a config; `entry` maps T5X's path and shape to the stored."""
+    layers = config.num_encoder_layers + config.num_decoder_layers
+    if layers > len(tensors):  # before that many names are created
+        raise UserError(f"{path}: declares {layers} layers, but holds {len(tensors)} arrays")
+    expected = dict(entry(name, shape) for name, shape in layer_shapes(config).items())
+    check_tensors(expected, tensors, path)
+
+
+def check_tensors(expected: Mapping[str, Shape], tensors: Mapping[str, Tensor], path: str) -> None:
+    """Check names, shapes and dtypes before any value is read.
 
     Raises:
-      UserError: names are missing or extra; an array has another shape, is transposed, or holds no
-        floating point numbers.
+      UserError: A tensor is missing, unexpected, transposed, of another shape, or not floating
+        point.
     """
-
-    def names(paths: Collection[str]) -> str:
-        listed = sorted(describe(path, ())[0] for path in paths)
-        more = f" and {len(listed) - 3} more" if len(listed) > 3 else ""
-        return ", ".join(listed[:3]) + more
-
     if missing := expected.keys() - tensors.keys():
         raise UserError(
-            f"{where}: lacks {names(missing)}: the file is incomplete, or not of this model"
+            f"{path}: lacks {_listed(missing)}; the file is incomplete or of another model"
         )
     if extra := tensors.keys() - expected.keys():
-        raise UserError(f"{where}: holds {names(extra)}, which this T5 does not have")
-    for path, shape in expected.items():
-        tensor = tensors[path]
+        raise UserError(f"{path}: holds {_listed(extra)}, which this T5 does not have")
+    for name, shape in expected.items():
+        tensor = tensors[name]
         if tensor.shape != shape:
-            _refuse_shape(path, shape, tensor, describe)
-        if "float" not in tensor.dtype.lower():
-            name = describe(path, shape)[0]
-            raise UserError(f"{tensor.file}: {name} holds {tensor.dtype}, not floating point")
+            transposed = tensor.shape == (*shape[:-2], *shape[:-3:-1])
+            remedy = "it is transposed: swap its last two axes" if transposed else ""
+            raise UserError(
+                f"{tensor.file}: {name} has shape {list(tensor.shape)}, expected {list(shape)} from"
+                f" the config; {remedy or 'use config and weights of the same model'}"
+            )
+        if "float" not in tensor.dtype:
+            raise UserError(f"{tensor.file}: {name} has dtype {tensor.dtype}, not floating point")
 
 
-def _refuse_shape(path: str, shape: Shape, tensor: Tensor, describe: Describe) -> None:
-    name, wanted = describe(path, shape)
-    found = list(describe(path, tensor.shape)[1])
-    # All layers of an array may lie on axis 0.
-    turned = (*shape[:-2], *shape[:-3:-1])
-    reason = (
-        "it is transposed: exchange its last two axes"
-        if tensor.shape == turned
-        else "take config and weights from the same model"
-    )
-    raise UserError(
-        f"{tensor.file}: {name} has shape {found}, expected {list(wanted)} from the other sizes of"
-        f" this model; {reason}"
-    )
-
-
-def size_of(fields: Mapping[str, Any], name: str, file: Path) -> int:
-    """A size among the fields of a config file; UserError where it is none."""
-    value = fields.get(name)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f"{file}: {name} must be a positive whole number, not {value!r}")
-    return value
+def _listed(names: Collection[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(sorted(names)[:3]) + more

@@ -1,0 +1,1 @@
+"""From text and rows to batches of token ids: rows, templates, episodes, packing, vocabularies."""

@@ -1,0 +1,1 @@
+"""Evaluation on held-out tasks, robustness to perturbed conditioning, and reports."""

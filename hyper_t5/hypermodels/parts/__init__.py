@@ -1,0 +1,1 @@
+"""Parts that hypermodels share: readers, heads, adapter specs."""

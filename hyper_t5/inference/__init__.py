@@ -1,0 +1,1 @@
+"""Adapters and predictions from a trained run: the Predictor, the batching engine, files."""

@@ -1,0 +1,1 @@
+"""Ahead-of-time compilation for TPUs: memory, FLOPs, traffic and time of a step."""

@@ -1,0 +1,1 @@
+"""Commands around the core: quickstart, data inspection, dataset builds, SeqIO registration."""

@@ -1,0 +1,1 @@
+"""Helpers without knowledge of models: errors, files, overrides, plots, safetensors."""
