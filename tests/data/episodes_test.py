@@ -227,7 +227,8 @@ def test_cuts_are_counted_and_keep_eos() -> None:
     starts = [[*BYTES.encode(letter), EOS_ID] for letter in "ab"]
     assert all(target in starts for target in batch["targets"][0].tolist())
     assert sampler.stats["truncated_inputs"] == sampler.stats["truncated_targets"] == 4
-    tasks, fields = [task_data("a")], {"tasks_per_batch": 1, "shots": (2, 2)}
+    tasks = [task_data("a")]
+    fields: dict[str, Any] = {"tasks_per_batch": 1, "shots": (2, 2)}
     sampler = make_sampler(tasks, hyper_length=50, **fields)
     [ids], [whole] = (s.batch(0)["hyper_inputs"] for s in (sampler, make_sampler(tasks, **fields)))
     assert (sampler.stats["shown_examples"], sampler.stats["dropped_examples"]) == (1, 1)

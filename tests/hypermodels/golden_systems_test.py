@@ -414,9 +414,9 @@ def test_committed_adapters_of_official_encoder_outputs(
     system: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     m, params, golden = committed_run(system)
-    ids = golden["hyper_inputs"]
+    ids = jnp.asarray(golden["hyper_inputs"])
     monkeypatch.setattr(t5.T5, "encode", lambda *_, **__: jnp.asarray(golden["states"]))
-    adapters = m.adapters(params, ids, np.zeros(len(ids), np.int32))
+    adapters = m.adapters(params, ids, jnp.zeros(len(ids), jnp.int32))
     assert adapters is not None
     check = assert_hint_adapters if system == "hint" else assert_hyperdecoder_adapters
     check(adapters.tree, golden)

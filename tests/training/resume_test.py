@@ -183,7 +183,7 @@ def test_sigterm_is_answered_within_two_steps(
 ) -> None:
     """Steps are slow and no line is due: few steps are dispatched ahead of the one that runs."""
     make_step = step_lib.make_step
-    losses: list[jax.Array] = []
+    losses: list[Any] = []  # arrays that may not be computed yet
     finished: list[int] = []
 
     def slow_step(*args: Any) -> Any:
