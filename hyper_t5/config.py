@@ -173,6 +173,12 @@ def fields() -> dict[str, Any]:
             "save_every": _at_least(1, 500),
             "keep": _at_least(0, 3),  # the newest checkpoints; 0 = all
             "keep_period": _at_least(0, 0),  # also keep multiples of this step; 0 = none
+            # Validation every so many steps; 0 = never, and no row is held out.
+            "eval_every": _at_least(0, 0),
+            "eval_split": "",  # '' = held-out rows of training tasks, which are never trained on
+            "eval_tasks": _at_least(1, 16),
+            "eval_rows": _at_least(1, 4),  # of each of these tasks
+            "keep_best": False,  # also save and keep the step with the lowest validation loss
             "microbatches": _at_least(1, 1),  # gradient accumulation; divides data.tasks_per_batch
             "z_loss": _at_least(0, 1e-4),
             "label_smoothing": _fraction(0.0),
@@ -436,6 +442,7 @@ def validate(config: ConfigDict, needs_backbone: bool = True) -> None:
     _validate_system(config, needs_backbone)
     _validate_adapter(config)
     _validate_batch(config)
+    _validate_validation(config)
 
 
 def _check_value(name: str, value: Any, field: Field) -> None:
@@ -527,6 +534,20 @@ def _validate_adapter(config: ConfigDict) -> None:
         )
     specs.pattern(config, "lora_rank_pattern", int)
     specs.pattern(config, "lora_alpha_pattern", float)
+
+
+def _validate_validation(config: ConfigDict) -> None:
+    c = config.train
+    if c.keep_best and not c.eval_every:
+        raise UserError(
+            "train.keep_best=True keeps the step with the lowest validation loss, and "
+            "train.eval_every=0 computes none; set how often, such as train.eval_every=500"
+        )
+    if c.eval_every and config.stage == "hyperpretrain" and not c.eval_split:
+        raise UserError(
+            f"train.eval_every={c.eval_every}: stage=hyperpretrain trains on text and has no tasks "
+            "to hold rows out of; set train.eval_split to a split of data.mixture"
+        )
 
 
 def _validate_batch(config: ConfigDict) -> None:

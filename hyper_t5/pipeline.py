@@ -25,6 +25,8 @@ from hyper_t5.tasks import MIXTURES, Dataset, store
 from hyper_t5.utils.errors import UserError
 from hyper_t5.utils.overrides import choose
 
+MAX_SHOWN_ROWS = 64  # rows of a validation task that may be shown as examples
+
 
 class Sampler(Protocol):
     """A source of training batches: `EpisodeSampler` or `TextSampler`."""
@@ -170,6 +172,65 @@ def load_peft_tasks(config: Any, vocab: Vocabulary) -> list[TaskData]:
     return list(tasks.values())
 
 
+# ------------------------------------------------------------------------------- validation
+
+
+def hold_out(tasks: Sequence[TaskData], train_config: Any) -> list[TaskData]:
+    """Return the tasks, some of them with rows that training never draws: those of validation.
+
+    These are the last ``train.eval_rows`` rows of ``train.eval_tasks`` tasks, which are evenly
+    spaced among the tasks with at least twice as many rows. Other rows with the same input are not
+    drawn either.
+
+    Raises:
+      UserError: no task has that many rows.
+    """
+    c, result = train_config, list(tasks)
+    large = [i for i, task in enumerate(tasks) if len(task.rows) >= 2 * c.eval_rows]
+    for index in _spread(large, c.eval_tasks):
+        task = tasks[index]
+        keys = frozenset(text_key(row.input) for row in task.rows[-c.eval_rows :])
+        if text_key(task.rows[0].input) not in keys:
+            result[index] = replace(task, held_out=keys)
+    if not any(task.held_out for task in result):
+        raise UserError(
+            f"train.eval_every={c.eval_every}: no training task has {2 * c.eval_rows} rows, of "
+            f"which to hold out train.eval_rows={c.eval_rows}; lower it, or validate on another "
+            "split with train.eval_split"
+        )
+    return result
+
+
+def validation_tasks(config: Any, sampler: Sampler, vocab: Vocabulary) -> list[TaskData]:
+    """Return the tasks on which training is validated, the evaluated rows first.
+
+    These are the rows that `hold_out` has set aside, or those of ``train.eval_split``.
+
+    Raises:
+      UserError: as `load_tasks`.
+    """
+    c = config.train
+    if c.eval_split:
+        mixture = config.eval.mixture or config.data.mixture
+        tasks = load_eval_tasks(config, mixture, c.eval_split, vocab)
+        return [tasks[i] for i in _spread(range(len(tasks)), c.eval_tasks)]
+    assert isinstance(sampler, EpisodeSampler)
+    return [_held_out_first(task, c.eval_rows) for task in sampler.tasks if task.held_out]
+
+
+def _held_out_first(task: TaskData, count: int) -> TaskData:
+    """Return a task with its held-out rows, and after them rows that may be shown."""
+    others = (row for row in task.rows if text_key(row.input) not in task.held_out)
+    shown = itertools.islice(others, MAX_SHOWN_ROWS)
+    return replace(task, rows=(*task.rows[-count:], *shown), held_out=frozenset())
+
+
+def _spread(indices: Sequence[int], count: int) -> list[int]:
+    """Return at most ``count`` of the indices, evenly spaced."""
+    positions = range(min(count, len(indices)))
+    return [indices[i * len(indices) // len(positions)] for i in positions]
+
+
 # ------------------------------------------------------------------------------- batches
 
 
@@ -177,7 +238,7 @@ def make_sampler(config: Any, vocab: Vocabulary, layout: Layout = SEPARATE) -> S
     """Return the sampler of ``config.stage``.
 
     'hyperpretrain' samples ``data.text``, 'mtf' the training tasks of ``data.mixture``, 'peft' the
-    tasks of `load_peft_tasks`.
+    tasks of `load_peft_tasks`. Rows for validation are held out (`hold_out`).
     """
     if config.stage == "hyperpretrain":
         from hyper_t5.tasks import text  # imports TensorFlow
@@ -188,6 +249,8 @@ def make_sampler(config: Any, vocab: Vocabulary, layout: Layout = SEPARATE) -> S
         tasks = load_peft_tasks(config, vocab)
     else:
         tasks = load_tasks(config.data.mixture, config.data, "train", vocab)
+    if config.train.eval_every and not config.train.eval_split:
+        tasks = hold_out(tasks, config.train)
     return EpisodeSampler(tasks, vocab, config.data, config.seed, layout)
 
 

@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from hyper_t5 import hypermodels, pipeline, t5, weights
 from hyper_t5 import model as model_lib
 from hyper_t5.checkpoints import checkpoint, workdir
+from hyper_t5.checkpoints.steps import Step
 from hyper_t5.config import t5_config
 from hyper_t5.data.vocab import Vocabulary, load_vocab
 from hyper_t5.hypermodels import BACKBONE, HYPERMODEL, SYSTEMS
@@ -136,7 +137,7 @@ def open(
     overrides: Any = (),
     on_mesh: bool = False,
     backbone: Backbone | None = None,
-    step: int | None = None,
+    step: Step | None = None,
 ) -> Run:
     """Open a run for evaluation and use: its config, a checkpoint and its backbone.
 
@@ -148,7 +149,7 @@ def open(
       on_mesh: place the parameters over all devices as the config's ``mesh`` says, or, where those
         are other devices, over ``data`` alone; otherwise on one device. Every process calls it.
       backbone: the run's frozen backbone where it is loaded already; it is checked.
-      step: of the checkpoint; None is the newest.
+      step: of the checkpoint; 'best' has the lowest validation loss, None is the newest.
 
     Raises:
       UserError: no run, a damaged one, or one for another backbone.
@@ -157,13 +158,12 @@ def open(
     trains = SYSTEMS[config.system].trains
     placement = _usable_placement(config, overrides) if on_mesh else None
     source = files.as_path(folder) if step is None else checkpoint.step_folder(folder, step)
-    if step is None:
-        step = checkpoint.latest_step(folder)
+    number = checkpoint.latest_step(folder) if step is None else int(source.name)
     if on_mesh:
-        step = distributed.broadcast("step", step)
-    meta = checkpoint.read_meta(source) if step is not None else {}
+        number = distributed.broadcast("step", number)
+    meta = checkpoint.read_meta(source) if number is not None else {}
     if BACKBONE in trains:
-        own = _trained_backbone(files.as_path(folder), config, None if step is None else source)
+        own = _trained_backbone(files.as_path(folder), config, None if number is None else source)
         if backbone is not None:
             backbone.check_matches(own.meta, str(folder))
         backbone = own
@@ -185,7 +185,7 @@ def open(
         model=model,
         backbone=dataclasses.replace(backbone, params=params[BACKBONE]),
         params=params,
-        step=step or 0,
+        step=number or 0,
         tasks=tuple(meta.get("tasks", ())),
         checkpoint_digest=checkpoint.digest(source),
         train_seconds=workdir.training_seconds(folder),

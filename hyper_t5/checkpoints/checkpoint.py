@@ -31,7 +31,7 @@ from etils import epath
 from flax import traverse_util
 
 from hyper_t5.checkpoints import arrays, steps
-from hyper_t5.checkpoints.steps import FOLDER, STATE, DamagedError, Specs
+from hyper_t5.checkpoints.steps import FOLDER, STATE, DamagedError, Specs, Step
 from hyper_t5.checkpoints.workdir import PathLike, on_primary
 from hyper_t5.parallel import distributed
 from hyper_t5.utils import files
@@ -51,11 +51,14 @@ class Checkpointer:
         workdir: folder of the run, local or `gs://`.
         keep: how many of the newest steps to keep; 0 keeps all.
         keep_period: multiples of this step are never removed; 0 for none.
+        keep_best: the step with the lowest validation loss in its metadata is never removed.
     """
 
-    def __init__(self, workdir: PathLike, keep: int = 3, keep_period: int = 0) -> None:
+    def __init__(
+        self, workdir: PathLike, keep: int = 3, keep_period: int = 0, keep_best: bool = False
+    ) -> None:
         self._root = files.as_path(workdir) / FOLDER
-        self._keep, self._keep_period = keep, keep_period
+        self._keep, self._keep_period, self._keep_best = keep, keep_period, keep_best
         self._pending: Future[None] | None = None
 
         def open_root() -> None:
@@ -167,9 +170,11 @@ class Checkpointer:
             return
         past = (folder for folder in steps.committed(self._root) if int(folder.name) <= step)
         kept = list(itertools.islice(past, self._keep))
+        best = steps.best(self._root) if self._keep_best else None
         for folder in steps.step_folders(self._root):
             number = int(folder.name)
             permanent = self._keep_period and number % self._keep_period == 0
+            permanent = permanent or (best is not None and folder == best[0])
             if number < int(kept[-1].name) and not permanent:
                 steps.try_remove(folder)
 
@@ -192,14 +197,31 @@ def is_step(path: PathLike) -> bool:
     return folder.parent.name == FOLDER and folder.name.isdigit()
 
 
-def step_folder(workdir: PathLike, step: int) -> epath.Path:
-    """Return the folder of a committed step; UserError lists those that there are."""
+def step_folder(workdir: PathLike, step: Step) -> epath.Path:
+    """Return the folder of a committed step; UserError lists those that there are.
+
+    'best' is the one with the lowest validation loss.
+    """
     root = files.as_path(workdir) / FOLDER
+    if step == "best":
+        best = steps.best(root)
+        if best is None:
+            raise UserError(
+                f"{workdir}: no checkpoint has a validation loss, so none is the best; train with "
+                "train.eval_every and train.keep_best=True, or pass --step N"
+            )
+        return best[0]
     known = [folder.name for folder in steps.committed(root)]
     if str(step) not in known:
         available = f"it has {', '.join(reversed(known))}" if known else "it has none"
         raise UserError(f"{workdir}: has no checkpoint of step {step}; {available}")
     return root / str(step)
+
+
+def best_step(workdir: PathLike) -> tuple[int, float] | None:
+    """Return the committed step with the lowest validation loss, and that loss; None without."""
+    best = steps.best(files.as_path(workdir) / FOLDER)
+    return best and (int(best[0].name), best[1])
 
 
 def digest(path: PathLike) -> str:

@@ -9,11 +9,12 @@ WORKDIR/checkpoints/STEP/ has three entries:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import zlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 from etils import epath
 
@@ -24,6 +25,7 @@ FOLDER, STATE, META, RECORD = "checkpoints", "state", "meta.json", "COMMITTED.js
 FORMAT = "hyper_t5.checkpoint/2"
 VERSIONS = ("1", "2")  # version 1 has one CRC-32 for a whole leaf
 
+Step = int | Literal["best"]  # 'best' has the lowest validation loss
 Specs = dict[str, dict[str, Any]]  # leaf name -> {"dtype", "shape", "shards": {region: CRC-32}}
 
 log = logging.getLogger(__name__)
@@ -129,6 +131,17 @@ def read_meta(folder: epath.Path, record: dict[str, Any]) -> dict[str, Any]:
     if crc32(content) != record["meta"]:
         raise DamagedError(f"{META} does not match its checksum")
     return json.loads(content)
+
+
+def best(root: epath.Path) -> tuple[epath.Path, float] | None:
+    """Find the committed step with the lowest validation loss in its metadata, and that loss."""
+    losses = []
+    for folder in committed(root):
+        with contextlib.suppress(DamagedError):
+            validation = read_meta(folder, read_record(folder)).get("validation", {})
+            if "loss" in validation:
+                losses.append((validation["loss"], int(folder.name), folder))
+    return (min(losses)[2], min(losses)[0]) if losses else None
 
 
 def check_leaves(folder: epath.Path, stored: Specs, targets: dict[str, Any]) -> None:

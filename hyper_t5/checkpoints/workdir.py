@@ -44,6 +44,7 @@ RESUME_MAY_CHANGE = (
     "train.save_every",
     "train.keep",
     "train.keep_period",
+    "train.keep_best",
     "train.profile*",
     "mesh.*",
     "eval.*",

@@ -146,10 +146,11 @@ class EpisodeSampler:
         self, index: int, shown_keys: set[str], rng: np.random.Generator
     ) -> Iterator[tuple[TaskRow, str]]:
         """Yield (row, target) in random order, without rows that have the text of a shown one."""
-        rows = self._tasks[index].rows
-        for i in _random_order(len(rows), rng):
-            row = rows[i]
-            if text_key(row.input) not in shown_keys:
+        task = self._tasks[index]
+        excluded = shown_keys | task.held_out
+        for i in _random_order(len(task.rows), rng):
+            row = task.rows[i]
+            if text_key(row.input) not in excluded:
                 yield row, row.outputs[int(rng.integers(len(row.outputs)))]
 
     def _draw_shown(self, index: int, shots: int, rng: np.random.Generator) -> list[Example]:
@@ -302,7 +303,7 @@ class EpisodeSampler:
             return
         shown = self._draw_shown(index, 1, np.random.default_rng(0))
         keys = {text_key(text) for text, _ in shown}
-        if not shown or all(text_key(row.input) in keys for row in task.rows):
+        if not shown or all(text_key(row.input) in keys | task.held_out for row in task.rows):
             raise UserError(
                 f"task {task.name} has no example to show that fits "
                 f"data.hyper_length={c.hyper_length} and is not its only input; add Positive "
@@ -322,7 +323,8 @@ def draw_examples(
 
     With ``rule.first`` the task's pool is read in its order, then rows are drawn. Otherwise pool
     and rows are drawn from together, without replacement and all equally likely, as in HyperTuning
-    and MetaICL: a pool of a few examples alone would be memorized. One row is never shown.
+    and MetaICL: a pool of a few examples alone would be memorized. One row is never shown, and no
+    row that is held out.
 
     Args:
       task: one task.
@@ -333,12 +335,12 @@ def draw_examples(
       exclude: the `text_key` of an input that must not be shown.
     """
     shown: list[Example] = []
-    keys, rows_left = {exclude}, len(task.rows) - 1
+    keys, rows_left = {exclude, *task.held_out}, len(task.rows) - len(task.held_out) - 1
     for example, is_row in _candidates(task, rule.first, rng):
         if len(shown) == shots:
             break
         key = text_key(example[0])
-        if key in keys or (is_row and not rows_left) or (fits is not None and not fits(example)):
+        if key in keys or (is_row and rows_left <= 0) or (fits is not None and not fits(example)):
             continue
         keys.add(key)
         shown.append(example)

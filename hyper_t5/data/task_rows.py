@@ -101,6 +101,7 @@ class TaskData:
       category: reported beside the task.
       rate: its weight in a mixture.
       skipped: number of bad rows that were skipped, by field.
+      held_out: `text_key` of inputs that training never draws (`pipeline.hold_out`).
     """
 
     name: str
@@ -110,6 +111,7 @@ class TaskData:
     category: str = ""
     rate: float = 1.0
     skipped: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    held_out: frozenset[str] = frozenset()
 
     @property
     def instruction(self) -> str:

@@ -134,6 +134,12 @@ def _intervals(sums: Mapping[str, bootstrap.UnitSums]) -> dict[str, bootstrap.In
     return {name: ends for name, ends in intervals.items() if ends}
 
 
+def headline(split: Mapping[str, Any]) -> str:
+    """Return the headline metric of a split's benchmark, or rougeL if a task lacks it."""
+    name = benchmark_of(split.get("mixture", "")).headline
+    return name if all(name in scores for scores in split["per_task"].values()) else "rougeL"
+
+
 def differences(
     report: Mapping[str, Any], other: Mapping[str, Any]
 ) -> dict[str, dict[str, tuple[int, float, bootstrap.Interval | None]]]:

@@ -27,6 +27,7 @@ from hyper_t5 import config as config_lib
 from hyper_t5 import model as model_lib
 from hyper_t5.adapters import Adapters
 from hyper_t5.checkpoints import workdir as workdir_lib
+from hyper_t5.checkpoints.steps import Step
 from hyper_t5.data.eval_tasks import EvalTask, build_eval_tasks
 from hyper_t5.data.task_rows import TaskData
 from hyper_t5.evaluation import (
@@ -70,7 +71,7 @@ def evaluate_workdir(
     overrides: Any = (),
     out: str | Path | None = None,
     compare: Sequence[str | Path] = (),
-    step: int | None = None,
+    step: Step | None = None,
 ) -> dict[str, Any]:
     """Evaluate a run; write metrics.json, predictions.jsonl, adapters.json and a plot.
 
@@ -270,7 +271,7 @@ def open_cache(run: Run, requests: Sequence[EvalRequest], folder: epath.Path) ->
         settings = [__version__, config, run.backbone.identity, *run.digests]
         keys = [
             cache_key(settings, r.task, split=r.split, mixture=r.mixture, by_rank=r.by_rank, own=n)
-            for r, n in zip(requests, _task_numbers(run, requests), strict=True)
+            for r, n in zip(requests, task_numbers(run, requests), strict=True)
         ]
     return PredictionCache(folder, keys, [len(r.task.inputs) for r in requests])
 
@@ -297,14 +298,14 @@ def predict(
     """
     missing = {i for i, done in enumerate(cache.done) if not done}
     needed = sorted(missing.union(keep_adapters))
-    adapters = _task_adapters(run, [requests[i] for i in needed])
-    numbers = _task_numbers(run, requests)
+    adapters = task_adapters(run, [requests[i] for i in needed])
+    numbers = task_numbers(run, requests)
     returned: dict[int, Adapters] = {}
     start, done = time.monotonic(), 0
-    for index, task_adapters in zip(needed, adapters, strict=True):
+    for index, own_adapters in zip(needed, adapters, strict=True):
         if index in keep_adapters:
-            assert task_adapters is not None
-            returned[index] = task_adapters
+            assert own_adapters is not None
+            returned[index] = own_adapters
         if index not in missing:
             continue
         done += 1
@@ -313,7 +314,7 @@ def predict(
                 "preempted before all tasks were evaluated; run it again to resume"
             )
         request, task_start = requests[index], time.monotonic()
-        outputs = predict_rows(run, request, task_adapters, numbers[index])
+        outputs = predict_rows(run, request, own_adapters, numbers[index])
         rows = [
             record | output for record, output in zip(row_records(request), outputs, strict=True)
         ]
@@ -325,16 +326,17 @@ def predict(
     return returned
 
 
-def _task_numbers(run: Run, requests: Sequence[EvalRequest]) -> list[int]:
+def task_numbers(run: Run, requests: Sequence[EvalRequest]) -> list[int]:
+    """Return `model.task_number` of each request's task."""
     return [model_lib.task_number(run.model, r.task.name, run.tasks) for r in requests]
 
 
-def _task_adapters(run: Run, requests: Sequence[EvalRequest]) -> Iterator[Adapters | None]:
+def task_adapters(run: Run, requests: Sequence[EvalRequest]) -> Iterator[Adapters | None]:
     """Yield the adapters of each request's task, None where the system emits none per task."""
     if not run.model.emits_per_task:
         yield from [None] * len(requests)
         return
-    ids, numbers = [r.task.hyper_ids for r in requests], _task_numbers(run, requests)
+    ids, numbers = [r.task.hyper_ids for r in requests], task_numbers(run, requests)
     yield from iterate_adapters(run.model, run.params, ids, numbers)
 
 

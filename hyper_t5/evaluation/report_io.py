@@ -14,7 +14,6 @@ from typing import Any
 from etils import epath
 
 from hyper_t5.evaluation import aggregation, tables
-from hyper_t5.tasks import benchmark_of
 from hyper_t5.utils import files
 from hyper_t5.utils.errors import UserError
 
@@ -42,9 +41,7 @@ class ReportRun:
 
     def metric(self, split: str) -> str:
         """Return the headline metric of a split's benchmark, or rougeL if a task lacks it."""
-        content = self.report["splits"][split]
-        headline = benchmark_of(content.get("mixture", "")).headline
-        return headline if all(headline in s for s in content["per_task"].values()) else "rougeL"
+        return aggregation.headline(self.report["splits"][split])
 
     def quality(self, split: str) -> dict[str, float]:
         """Return the headline metric of each task."""

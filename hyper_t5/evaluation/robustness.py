@@ -18,6 +18,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from hyper_t5 import runs
+from hyper_t5.checkpoints.steps import Step
 from hyper_t5.data.templates import ConditioningRule, conditioning_rule
 from hyper_t5.evaluation import evaluate, tables
 from hyper_t5.evaluation.perturbations import PERTURBATIONS, Perturbation, identity, split_pools
@@ -59,7 +60,7 @@ def robustness(
     shots: Sequence[int] = SHOTS,
     metric: str = "",
     seed: int = 0,
-    step: int | None = None,
+    step: Step | None = None,
 ) -> dict[str, Any]:
     """Evaluate runs under perturbed conditioning; print tables and write OUT/robustness.json, .png.
 

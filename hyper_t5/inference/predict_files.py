@@ -22,6 +22,7 @@ import jax
 import numpy as np
 
 from hyper_t5 import runs
+from hyper_t5.checkpoints.steps import Step
 from hyper_t5.inference import predictor as predictor_lib
 from hyper_t5.inference.predictor import (
     Adapter,
@@ -47,7 +48,7 @@ def predict(
     adapters: Sequence[str | Path] = (),
     workdir: str | Path = "",
     tasks: Sequence[str | Path] = (),
-    step: int | None = None,
+    step: Step | None = None,
 ) -> int:
     """Write the rows of a jsonl file, ``{"input": ...}`` each, with ``"output"`` added, in order.
 
@@ -89,7 +90,7 @@ def _predict_rows(
     backbone: str | Path,
     workdir: str | Path,
     paths: Sequence[Path],
-    step: int | None,
+    step: Step | None,
 ) -> int:
     count, digest = rows.check()
     files.check_writable(output)

@@ -28,6 +28,7 @@ from hyper_t5.runs import Backbone
 from hyper_t5.training import metrics, optim, peft_init, profiling, replay
 from hyper_t5.training import step as step_lib
 from hyper_t5.training.step import State
+from hyper_t5.training.validation import Validator
 from hyper_t5.utils import files
 from hyper_t5.utils.errors import PreemptedError, UserError
 
@@ -147,6 +148,10 @@ def _run_steps(
     assert placement is not None
     key, share = jax.random.key(config.seed), sharding.batch_share(placement)
     batches = pipeline.train_batches(sampler, run.first, share)
+    best = distributed.broadcast("best", checkpoint.best_step(run.folder))
+    validator = Validator(
+        config, run.model, run.backbone, run.frozen, sampler, best[1] if best else math.inf
+    )
     last: dict[str, float] = {}
     unlogged: list[tuple[int, Sums]] = []  # sums on the devices
     previous: Sums = {}
@@ -154,7 +159,7 @@ def _run_steps(
     with (
         contextlib.ExitStack() as stack,
         _Reporter(config, run.folder, run.first) as reporter,
-        checkpoint.Checkpointer(run.folder, config.train.keep, config.train.keep_period) as saver,
+        _checkpointer(run) as saver,
         profiling.Profile(run.folder, run.first, profile and distributed.is_primary()) as profiler,
     ):
         for index in range(run.first, config.train.steps):
@@ -183,16 +188,25 @@ def _run_steps(
                 unlogged.clear()
                 last = reporter.write(index + 1, fetched, sampler.stats)
                 _stop_at_bad_step(run, fetched, sampler, share, state)
+            with reporter.timer.part("validate"):
+                scores, is_best = validator.at(index + 1, state["params"])
+                reporter.write_validation(index + 1, scores)
             with reporter.timer.part("save"):
                 saver.poll()
-                if save:
+                if save or is_best:
                     if not _is_finite(state):
                         raise _not_finite("a parameter or a moment is not finite", index + 1)
-                    saver.save(index + 1, state, run.meta)
+                    validated = {"validation": scores} if scores else {}
+                    saver.save(index + 1, state, run.meta | validated)
             if preempted:
                 saver.wait()
                 raise PreemptedError(f"preempted; saved at step {index + 1} in {run.folder}")
     return state, last
+
+
+def _checkpointer(run: _Training) -> checkpoint.Checkpointer:
+    c = run.config.train
+    return checkpoint.Checkpointer(run.folder, c.keep, c.keep_period, c.keep_best)
 
 
 class _Reporter:
@@ -242,6 +256,13 @@ class _Reporter:
         # A copy: the thread that makes batches counts in it.
         self._writer.write(step, values | {f"data/{k}": v for k, v in dict(stats).items()})
         return values
+
+    def write_validation(self, step: int, scores: dict[str, float]) -> None:
+        """Write and print the scores of a validation."""
+        if self._writer is not None and scores:
+            self._writer.write(step, {f"validation/{k}": v for k, v in scores.items()})
+            line = "  ".join(f"{k} {v:.4g}" for k, v in scores.items())
+            print(f"step {step}: validation {line}", flush=True)
 
     def __enter__(self) -> _Reporter:
         return self

@@ -44,14 +44,14 @@ class StepTimer:
         self._clock = clock
         self._start: float | None = None
         self._steps = 0
-        self._parts = {"data": 0.0, "save": 0.0}
+        self._parts = {"data": 0.0, "validate": 0.0, "save": 0.0}
 
     @contextlib.contextmanager
     def part(self, name: str, ahead: Any = None) -> Iterator[None]:
         """Add the time of the context to a part.
 
         Args:
-            name: "data" or "save".
+            name: "data", "validate" or "save".
             ahead: arrays of the last dispatched step. If the device still computes them at the end
                 of the context, nothing has waited, and no time is added.
         """
@@ -71,7 +71,8 @@ class StepTimer:
         """Compute the mean seconds per step since the last report; empty without steps.
 
         Returns:
-            ``seconds_data``: waiting for a batch; ``seconds_save``: blocked by a checkpoint;
+            ``seconds_data``: waiting for a batch; ``seconds_validate``: validation;
+            ``seconds_save``: blocked by a checkpoint;
             ``seconds_compute``: the rest.
         """
         if self._start is None or not self._steps:

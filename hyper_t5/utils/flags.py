@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from hyper_t5.utils.errors import UserError
 from hyper_t5.utils.overrides import INT64_END, SEED_END, nearest
@@ -62,6 +62,11 @@ def at_least(minimum: int, end: int = INT64_END) -> Callable[[str], int]:
     return parse
 
 
+def step(text: str) -> int | Literal["best"]:
+    """Return a step's number, or 'best'."""
+    return "best" if text == "best" else at_least(0)(text)
+
+
 seed = at_least(0, SEED_END)
 
 # ------------------------------------------------------------------------------- shared flags
@@ -100,7 +105,11 @@ COMPARE.add_argument(
 )
 
 STEP = Parser(add_help=False)
-STEP.add_argument("--step", type=at_least(0), help="step of the checkpoint (default: the newest)")
+STEP.add_argument(
+    "--step",
+    type=step,
+    help="step of the checkpoint, or 'best' for the lowest validation loss (default: the newest)",
+)
 
 MOVED_BACKBONE = Parser(add_help=False)
 MOVED_BACKBONE.add_argument(
