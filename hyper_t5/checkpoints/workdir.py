@@ -209,9 +209,10 @@ def _lock(folder: epath.Path, stack: contextlib.ExitStack) -> None:
         ) from None
     except OSError:
         pass  # a file system without locks
-    file.truncate(0)
-    file.write(str(os.getpid()))
-    file.flush()
+    # Unbuffered, and only for the message above: a full disk is reported by what is written next.
+    with contextlib.suppress(OSError):
+        file.truncate(0)
+        os.write(file.fileno(), str(os.getpid()).encode())
 
 
 def on_primary(name: str, work: Callable[[], Any]) -> Any:
