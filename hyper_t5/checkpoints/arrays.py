@@ -105,13 +105,13 @@ def read_leaves(folder: epath.Path, specs: Specs, targets: dict[str, Any]) -> di
     """Read leaves and check them.
 
     Args:
-        folder: Orbax's folder.
-        specs: leaves of the record, by name.
-        targets: by name an array or ShapeDtypeStruct, whose sharding the leaf gets, or None for a
-            NumPy array.
+      folder: Orbax's folder.
+      specs: leaves of the record, by name.
+      targets: by name an array or ShapeDtypeStruct, whose sharding the leaf gets, or None for a
+        NumPy array.
 
     Raises:
-        DamagedError: a leaf cannot be read, or differs from its spec; the message names the leaf.
+      DamagedError: a leaf cannot be read, or differs from its spec; the message names the leaf.
     """
     import tensorstore
 

@@ -48,10 +48,10 @@ class Checkpointer:
     removed; earlier checkpoints are unchanged.
 
     Args:
-        workdir: folder of the run, local or `gs://`.
-        keep: how many of the newest steps to keep; 0 keeps all.
-        keep_period: multiples of this step are never removed; 0 for none.
-        keep_best: the step with the lowest validation loss in its metadata is never removed.
+      workdir: folder of the run, local or `gs://`.
+      keep: how many of the newest steps to keep; 0 keeps all.
+      keep_period: multiples of this step are never removed; 0 for none.
+      keep_best: the step with the lowest validation loss in its metadata is never removed.
     """
 
     def __init__(
@@ -75,10 +75,10 @@ class Checkpointer:
         Each process writes the shards that it holds; a replicated shard is written once.
 
         Args:
-            step: name of the checkpoint; an existing one is replaced.
-            state: pytree of arrays. Random keys are passed as raw data (`jax.random.key_data`).
-                With several processes every jax.Array spans all of them.
-            meta: JSON content; `step` is added.
+          step: name of the checkpoint; an existing one is replaced.
+          state: pytree of arrays. Random keys are passed as raw data (`jax.random.key_data`).
+            With several processes every jax.Array spans all of them.
+          meta: JSON content; `step` is added.
         """
         self.wait()
         content = steps.to_json({**meta, "step": step})
@@ -236,18 +236,18 @@ def restore(workdir: PathLike, step: int | None, target: Any) -> tuple[Any, dict
     """Restore a state, bit for bit, onto any mesh.
 
     Args:
-        workdir: folder of the run.
-        step: the step to restore, or None for the newest undamaged one. Damaged ones are skipped
-            with a warning, by all processes if one of them detects the damage.
-        target: tree of arrays or ShapeDtypeStructs with the structure of the state. A leaf gets the
-            sharding of its target; without one it stays uncommitted: a scalar committed to device 0
-            could not be passed to a jit over the whole mesh.
+      workdir: folder of the run.
+      step: the step to restore, or None for the newest undamaged one. Damaged ones are skipped
+        with a warning, by all processes if one of them detects the damage.
+      target: tree of arrays or ShapeDtypeStructs with the structure of the state. A leaf gets the
+        sharding of its target; without one it stays uncommitted: a scalar committed to device 0
+        could not be passed to a jit over the whole mesh.
 
     Returns:
-        The state, in the structure of the target, and its metadata.
+      The state, in the structure of the target, and its metadata.
 
     Raises:
-        UserError: there is no undamaged checkpoint, or a leaf, shape or dtype differs from target.
+      UserError: there is no undamaged checkpoint, or a leaf, shape or dtype differs from target.
     """
     targets = _by_name(target)
 
@@ -266,14 +266,14 @@ def load_subtree(path: PathLike, name: str) -> tuple[Any, dict[str, Any]]:
     """Read one branch of a state, and nothing else of it, as nested dicts of NumPy arrays.
 
     Args:
-        path: folder of a run, for its newest undamaged checkpoint, or of one step.
-        name: the branch, such as `params` or `params/heads`.
+      path: folder of a run, for its newest undamaged checkpoint, or of one step.
+      name: the branch, such as `params` or `params/heads`.
 
     Returns:
-        The branch, whole on every process, and the metadata.
+      The branch, whole on every process, and the metadata.
 
     Raises:
-        UserError: there is no undamaged checkpoint, or no such branch in it.
+      UserError: there is no undamaged checkpoint, or no such branch in it.
     """
 
     def read(folder: epath.Path) -> tuple[Any, dict[str, Any]]:
@@ -321,9 +321,9 @@ def _first_undamaged(
     """Return the result of `read` for the newest checkpoint in which it detects no damage.
 
     Args:
-        path: folder of a run or of one step.
-        read: raises DamagedError or UserError.
-        collective: all processes read; they skip a checkpoint if one of them detects damage.
+      path: folder of a run or of one step.
+      read: raises DamagedError or UserError.
+      collective: all processes read; they skip a checkpoint if one of them detects damage.
     """
     root = path.parent if is_step(path) else path / FOLDER
     candidates = steps.committed(root)

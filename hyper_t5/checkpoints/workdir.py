@@ -114,11 +114,11 @@ def write_or_check_config(workdir: PathLike, config: ConfigDict) -> list[str]:
     A run without checkpoints has nothing to resume: its config is overwritten.
 
     Returns:
-        The changes of a resumed run, as from `config.differences`.
+      The changes of a resumed run, as from `config.differences`.
 
     Raises:
-        UserError: fields other than RESUME_MAY_CHANGE and paths differ; or the folder is a
-            backbone.
+      UserError: fields other than RESUME_MAY_CHANGE and paths differ; or the folder is a
+        backbone.
     """
     folder = files.as_path(workdir)
     path = folder / CONFIG_FILE
@@ -180,7 +180,7 @@ def lock(workdir: PathLike) -> Iterator[None]:
     The lock ends with the process. Buckets (`gs://`) have no locks.
 
     Raises:
-        UserError: another run has the lock, or a process cannot write or see the folder.
+      UserError: another run has the lock, or a process cannot write or see the folder.
     """
     folder = files.as_path(workdir)
     with contextlib.ExitStack() as stack:

@@ -14,7 +14,7 @@ def process_share(total: int, index: int = 0, count: int = 1) -> range:
     """Return the slots of one of `count` shares.
 
     Raises:
-        UserError: `count` does not divide the total.
+      UserError: `count` does not divide the total.
     """
     assert 0 <= index < count, (index, count)
     if total % count:

@@ -45,12 +45,12 @@ class Index(NamedTuple):
     """Locations of the records of a file.
 
     Attributes:
-        offsets: [n] int64, position of each record's data, in bytes.
-        lengths: [n] int64, bytes of data.
-        size: bytes of the file.
-        sha256: of the whole file, in hex.
-        skipped: number of skipped records by reason. An unreadable remainder of the file counts
-            once, as its number of records is unknown.
+      offsets: [n] int64, position of each record's data, in bytes.
+      lengths: [n] int64, bytes of data.
+      size: bytes of the file.
+      sha256: of the whole file, in hex.
+      skipped: number of skipped records by reason. An unreadable remainder of the file counts
+        once, as its number of records is unknown.
     """
 
     offsets: np.ndarray
@@ -79,13 +79,13 @@ def scan(file: File, on_bad_row: OnBadRow = "raise") -> Index:
     """Read a whole file and check both CRCs of every record.
 
     Args:
-        file: an uncompressed TFRecord file.
-        on_bad_row: 'skip' leaves damaged records out and counts them in `Index.skipped`. Nothing
-            can be read after a damaged length or a truncated record.
+      file: an uncompressed TFRecord file.
+      on_bad_row: 'skip' leaves damaged records out and counts them in `Index.skipped`. Nothing
+        can be read after a damaged length or a truncated record.
 
     Raises:
-        UserError: names file, record and byte of the first damage; or the file cannot be read or is
-            a Git LFS pointer.
+      UserError: names file, record and byte of the first damage; or the file cannot be read or is
+        a Git LFS pointer.
     """
     sha256 = hashlib.sha256()
     skipped: Counter[str] = Counter()

@@ -35,9 +35,9 @@ def score_rows(rows: Iterable[Row], xlingual_tokenizer: Any = None) -> list[Row]
     """Return the rows with their scores; scores that they already have are replaced.
 
     Args:
-        rows: see the module's docstring.
-        xlingual_tokenizer: `gpt2_bpe.Gpt2Tokenizer`. Without it, rows of the cross-lingual track
-            have no ROUGE-L.
+      rows: see the module's docstring.
+      xlingual_tokenizer: `gpt2_bpe.Gpt2Tokenizer`. Without it, rows of the cross-lingual track
+        have no ROUGE-L.
     """
     rouge = rouge_scorer()
     xlingual_rouge = rouge_scorer(xlingual_tokenizer) if xlingual_tokenizer else None

@@ -50,16 +50,16 @@ def write_report(
     """Write OUT/report.html and its pictures.
 
     Args:
-        workdirs: evaluated runs, each a workdir or a metrics.json.
-        out: folder to write to.
-        title: heading of the page.
-        robustness: a robustness.json to include; '' for none.
+      workdirs: evaluated runs, each a workdir or a metrics.json.
+      out: folder to write to.
+      title: heading of the page.
+      robustness: a robustness.json to include; '' for none.
 
     Returns:
-        The path of the page.
+      The path of the page.
 
     Raises:
-        UserError: a run has no evaluation, or a file is damaged.
+      UserError: a run has no evaluation, or a file is damaged.
     """
     runs = _with_unique_names([read_run(path) for path in workdirs], workdirs)
     conditions = read_robustness(robustness) if robustness else {}

@@ -26,11 +26,11 @@ class ReportRun:
     """One evaluated run.
 
     Attributes:
-        name: label of the run, unique in a report.
-        report: content of metrics.json.
-        rows: lines of predictions.jsonl; empty without that file.
-        adapters: content of adapters.json, by split; empty if no adapters were generated.
-        training: lines of metrics.jsonl; empty without that file.
+      name: label of the run, unique in a report.
+      report: content of metrics.json.
+      rows: lines of predictions.jsonl; empty without that file.
+      adapters: content of adapters.json, by split; empty if no adapters were generated.
+      training: lines of metrics.jsonl; empty without that file.
     """
 
     name: str
@@ -71,7 +71,7 @@ def read_report(path: str | Path) -> dict[str, Any]:
     """Read a metrics.json, or the newest one of a workdir.
 
     Raises:
-        UserError: the file does not hold the metrics of an evaluation.
+      UserError: the file does not hold the metrics of an evaluation.
     """
     file = report_file(path)
     report = files.read_json(file)
@@ -106,7 +106,7 @@ def read_robustness(file: str | Path) -> dict[str, dict[str, Any]]:
     """Read the runs of a robustness.json, by `name_runs`.
 
     Raises:
-        UserError: the file is not a robustness.json.
+      UserError: the file is not a robustness.json.
     """
     content = files.read_json(file)
     try:

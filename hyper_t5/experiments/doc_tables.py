@@ -15,7 +15,7 @@ def read_tsv(file: Path, row: Any) -> list[Any]:
     """Read the lines below the header as named tuples; a cell ``-`` is empty.
 
     Raises:
-        UserError: the file does not exist, or a line has a wrong number of fields.
+      UserError: the file does not exist, or a line has a wrong number of fields.
     """
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
@@ -41,7 +41,7 @@ def fill_sections(document: str, sections: Mapping[str, str]) -> str:
     """Replace the text between ``<!-- NAME -->`` and ``<!-- end NAME -->`` for each section.
 
     Raises:
-        UserError: the document lacks the markers of a section.
+      UserError: the document lacks the markers of a section.
     """
     for name, section in sections.items():
         markers = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)

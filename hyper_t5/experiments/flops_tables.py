@@ -57,10 +57,10 @@ def measure_lengths(sni_dir: Path, vocab: Vocabulary) -> dict[str, list[float]]:
     """Measure the available test tasks in tokens, as Tk-Instruct formats and truncates them.
 
     Returns:
-        {task: [definition, two examples, mean input, mean output]}; inputs and outputs include EOS.
+      {task: [definition, two examples, mean input, mean output]}; inputs and outputs include EOS.
 
     Raises:
-        UserError: the list of test tasks is missing, or all of their files.
+      UserError: the list of test tasks is missing, or all of their files.
     """
     from hyper_t5.tasks import super_ni
 

@@ -99,7 +99,7 @@ def load_published(folder: Path) -> Published:
     """Read the three files of a folder.
 
     Raises:
-        UserError: a file does not exist, or a line has a wrong number of fields.
+      UserError: a file does not exist, or a line has a wrong number of fields.
     """
     runs: list[PaperRun] = doc_tables.read_tsv(folder / "published_runs.tsv", PaperRun)
     return Published(

@@ -168,9 +168,9 @@ def scores(runs: Mapping[str, Sequence[ReportRun]]) -> dict[str, Any]:
     """Average the runs of each entry over tasks, then over seeds.
 
     Returns:
-        {entry: {split: {metric, mean, deviation, seeds: [...]}}}, with the ``difference`` to
-        `concat` and the ``gain`` of hyperpretraining, if these runs exist. Both have a paired
-        bootstrap ``interval`` over tasks (P3: datasets), each the mean of its seeds.
+      {entry: {split: {metric, mean, deviation, seeds: [...]}}}, with the ``difference`` to
+      `concat` and the ``gain`` of hyperpretraining, if these runs exist. Both have a paired
+      bootstrap ``interval`` over tasks (P3: datasets), each the mean of its seeds.
     """
     result: dict[str, Any] = {}
     for entry, seed_runs in runs.items():

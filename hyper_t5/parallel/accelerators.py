@@ -165,7 +165,7 @@ def parse_topology(text: str) -> tuple[Chip, tuple[int, ...]]:
     """Parse ``v5p:4x4x4``, or an accelerator type such as v5p-128: (chip, chips by dimension).
 
     Raises:
-        UserError: the chip or the shape of its slice is unknown.
+      UserError: the chip or the shape of its slice is unknown.
     """
     name, _, shape = TOPOLOGIES.get(text, text).partition(":")
     if name not in CHIPS or not shape:

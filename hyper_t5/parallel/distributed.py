@@ -54,16 +54,16 @@ def initialize(
     A single process starts no service.
 
     Args:
-        coordinator_address: HOST:PORT of process 0; JAX_COORDINATOR_ADDRESS by default. Without
-            these three, JAX detects the cluster (TPU VM, SLURM, Open MPI, Kubernetes).
-        process_count: number of processes; JAX_NUM_PROCESSES by default.
-        process_index: index of this process, from 0; JAX_PROCESS_ID by default.
-        initialization_timeout: seconds to wait for all processes; then JAX aborts.
-        heartbeat_timeout: seconds without a heartbeat after which a process counts as lost.
+      coordinator_address: HOST:PORT of process 0; JAX_COORDINATOR_ADDRESS by default. Without
+        these three, JAX detects the cluster (TPU VM, SLURM, Open MPI, Kubernetes).
+      process_count: number of processes; JAX_NUM_PROCESSES by default.
+      process_index: index of this process, from 0; JAX_PROCESS_ID by default.
+      initialization_timeout: seconds to wait for all processes; then JAX aborts.
+      heartbeat_timeout: seconds without a heartbeat after which a process counts as lost.
 
     Raises:
-        UserError: the arguments are inconsistent, the port is in use, or processes differ in their
-            versions of this package or of JAX, or in their number of processes or devices.
+      UserError: the arguments are inconsistent, the port is in use, or processes differ in their
+        versions of this package or of JAX, or in their number of processes or devices.
     """
     cluster = _configured_cluster(coordinator_address, process_count, process_index)
     cluster = cluster or _detected_cluster(initialization_timeout)
@@ -182,9 +182,9 @@ def gather(name: str, value: Any, index: int | None = None) -> list[Any]:
     """Return the values of all processes, by index, as JSON represents them.
 
     Args:
-        name: the same on all processes. Calls are counted by name, so two threads use two names.
-        value: a small value that JSON can represent.
-        index: index of this process; `jax.process_index()` by default.
+      name: the same on all processes. Calls are counted by name, so two threads use two names.
+      value: a small value that JSON can represent.
+      index: index of this process; `jax.process_index()` by default.
     """
     text = json.dumps(value)
     if not jax.distributed.is_initialized():

@@ -62,11 +62,11 @@ class Placement:
         """Return the shardings of parameters during a step: by the rules.
 
         Args:
-            axes: tuples of logical axis names, in the tree structure of `shapes`.
-            shapes: arrays, or their shapes and dtypes.
+          axes: tuples of logical axis names, in the tree structure of `shapes`.
+          shapes: arrays, or their shapes and dtypes.
 
         Raises:
-            UserError: a parameter has an axis without a rule.
+          UserError: a parameter has an axis without a rule.
         """
 
         def leaf(path: Any, names: Any, array: Any) -> NamedSharding:
@@ -156,7 +156,7 @@ def make_placement(mesh_config: Any, devices: Sequence[jax.Device] | None = None
     devices than it has. `hyper-t5 plan` passes descriptions of devices.
 
     Raises:
-        UserError: the product of the sizes is not the number of devices, or a rule is invalid.
+      UserError: the product of the sizes is not the number of devices, or a rule is invalid.
     """
     rules = []
     for rule in mesh_config.rules:
@@ -217,7 +217,7 @@ def batch_share(placement: Placement, process_index: int | None = None) -> tuple
     the batch shards of a process may not be adjacent; then `device_put_batch` permutes the batch.
 
     Raises:
-        UserError: the batch shards of two processes overlap in part.
+      UserError: the batch shards of two processes overlap in part.
     """
     process_index = jax.process_index() if process_index is None else process_index
     held: dict[int, list[int]] = {}  # process -> its batch shards

@@ -130,7 +130,7 @@ def parse(text: str) -> Computation:
     """Parse the text of an optimized HLO module and return its entry computation.
 
     Raises:
-        ValueError: the text has no entry computation.
+      ValueError: the text has no entry computation.
     """
     module: dict[str, Computation] = {}
     entry = current = None
@@ -415,10 +415,10 @@ def replica_groups(attributes: str) -> np.ndarray:
     devices in sequence or in the order of ``device_ids=([2,2]T(1,0))``.
 
     Returns:
-        [groups, devices per group].
+      [groups, devices per group].
 
     Raises:
-        ValueError: the notation is unknown.
+      ValueError: the notation is unknown.
     """
     if match := re.search(r"replica_groups=\{(\{[\d,{}]*\})\}", attributes):
         rows = re.findall(r"\{([\d,]+)\}", match[1])
@@ -468,7 +468,7 @@ def by_axes(
     """Sum collectives over their runs, by mesh axes ("dcn" between slices) and kind.
 
     Returns:
-        {axes: {kind: {"payload", "count", "sent", "runs"}}}.
+      {axes: {kind: {"payload", "count", "sent", "runs"}}}.
     """
     table: dict[str, dict[str, dict[str, float]]] = {}
     for c in collectives:

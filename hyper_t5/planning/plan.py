@@ -86,7 +86,7 @@ def make_target(config: ConfigDict, topology: str, slices: int = 1) -> Target:
     """Place the model of a config on a topology such as ``v5p:4x4x4``.
 
     Raises:
-        UserError: the topology is unknown, the TPU compiler is missing, or the mesh does not match.
+      UserError: the topology is unknown, the TPU compiler is missing, or the mesh does not match.
     """
     chip, shape = accelerators.parse_topology(topology)
     devices = topology_devices(chip, shape, slices)
@@ -102,7 +102,7 @@ def topology_devices(chip: Chip, shape: tuple[int, ...], slices: int = 1) -> lis
     """Return the devices of a topology; they compile programs and cannot run them.
 
     Raises:
-        UserError: libtpu, which contains the compiler, is missing or does not support the topology.
+      UserError: libtpu, which contains the compiler, is missing or does not support the topology.
     """
     if not importlib.util.find_spec("libtpu") and not os.environ.get("TPU_LIBRARY_PATH"):
         raise UserError(
@@ -137,7 +137,7 @@ def backbone_sizes(config: ConfigDict) -> t5.T5Config:
     """Read the sizes of ``backbone.path`` if it exists, else return those of ``config.model``.
 
     Raises:
-        UserError: the folder is not a T5.
+      UserError: the folder is not a T5.
     """
     sizes = config_lib.t5_config(config)
     if not config.backbone.path or not Path(config.backbone.path).exists():
@@ -161,7 +161,7 @@ def train_program(target: Target) -> Program:
     """Build the training step.
 
     Raises:
-        UserError: the system trains nothing, or the batch does not divide over the mesh.
+      UserError: the system trains nothing, or the batch does not divide over the mesh.
     """
     config, m, placement = target.config, target.model, target.placement
     if not m.system.trains:
@@ -369,10 +369,10 @@ def plan(
     """Compile the steps of a config for a topology; print their costs and write OUT/plan.json.
 
     Returns:
-        The content of plan.json. ``name`` is the name of the config in it.
+      The content of plan.json. ``name`` is the name of the config in it.
 
     Raises:
-        UserError: the config cannot be planned, or (after the report is written) does not fit.
+      UserError: the config cannot be planned, or (after the report is written) does not fit.
     """
     for step in steps:
         choose("--steps", step, PROGRAMS)

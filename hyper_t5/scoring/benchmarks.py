@@ -53,17 +53,17 @@ class Benchmark:
     """Scoring and aggregation rules of a dataset, in addition to the common metrics.
 
     Attributes:
-        headline: metric that summarizes a task.
-        choose: index of the predicted option, from the options' log-probabilities and token counts.
-        row_scores: more scores of a row.
-        task_scores: more scores of a task, from its name and rows.
-        split_fields: more fields of a split, from its tasks' scores and its rows.
-        unit_scores: more overall scores of an aggregated split, {score: {unit: value}}; the score
-            is the mean over units.
-        unit_of: unit that a task belongs to, from its name and scores. Units are independent of
-            each other; tasks of one unit are not.
-        cross_split: summary of all splits, from {split: {task: scores}}.
-        submissions: whether rows are also written in Super-NaturalInstructions' official form.
+      headline: metric that summarizes a task.
+      choose: index of the predicted option, from the options' log-probabilities and token counts.
+      row_scores: more scores of a row.
+      task_scores: more scores of a task, from its name and rows.
+      split_fields: more fields of a split, from its tasks' scores and its rows.
+      unit_scores: more overall scores of an aggregated split, {score: {unit: value}}; the score
+        is the mean over units.
+      unit_of: unit that a task belongs to, from its name and scores. Units are independent of
+        each other; tasks of one unit are not.
+      cross_split: summary of all splits, from {split: {task: scores}}.
+      submissions: whether rows are also written in Super-NaturalInstructions' official form.
     """
 
     headline: str = "rougeL"

@@ -18,10 +18,10 @@ class Gpt2Tokenizer:
     """Tokenizer that drops the spaces before tokens, for `text_metrics.rouge_scorer`.
 
     Args:
-        merges: path of GPT-2's merges.txt.
+      merges: path of GPT-2's merges.txt.
 
     Raises:
-        UserError: the file is no merges.txt, or the package tokenizers is not installed.
+      UserError: the file is no merges.txt, or the package tokenizers is not installed.
     """
 
     def __init__(self, merges: files.File) -> None:

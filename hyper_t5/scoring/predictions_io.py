@@ -28,7 +28,7 @@ def read_predictions(file: files.File, references: files.File | None = None) -> 
     and predictions of unknown instances, are counted in a printed line.
 
     Raises:
-        UserError: names file, line and field; or no prediction has a reference.
+      UserError: names file, line and field; or no prediction has a reference.
     """
     lines = list(_read_lines(file))
     if references is None:

@@ -104,9 +104,9 @@ def task_metrics(
     the correlations it is the number -1. An undefined correlation, with a constant, is 0.
 
     Args:
-        names: any of 'accuracy', 'f1', 'matthews', 'pearson', 'spearman'.
-        predictions: [n] texts; surrounding white space is ignored.
-        references: [n]; all metrics but accuracy use the first of each row.
+      names: any of 'accuracy', 'f1', 'matthews', 'pearson', 'spearman'.
+      predictions: [n] texts; surrounding white space is ignored.
+      references: [n]; all metrics but accuracy use the first of each row.
     """
     if len(predictions) != len(references):
         raise ValueError(f"{len(predictions)} predictions for {len(references)} rows")

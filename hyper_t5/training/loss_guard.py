@@ -21,9 +21,9 @@ def init() -> State:
     """Create the state before the first step.
 
     Returns:
-        Scalars: ``mean`` (float32), the running mean of the loss per token in nats; ``seen``
-        (int32), the steps in it; ``bad_step`` (int32), with 'stop' the first bad step, with 'skip'
-        the latest, -1 for none; ``skipped`` (int32), the updates skipped.
+      Scalars: ``mean`` (float32), the running mean of the loss per token in nats; ``seen``
+      (int32), the steps in it; ``bad_step`` (int32), with 'stop' the first bad step, with 'skip'
+      the latest, -1 for none; ``skipped`` (int32), the updates skipped.
     """
     return {
         "mean": jnp.zeros((), jnp.float32),
@@ -43,15 +43,15 @@ def check_step(
     no update is applied from the first bad step on; with 'skip' only that of the bad step is not.
 
     Args:
-        config: ``train.on_bad_step`` and ``train.spike`` are read when the step is traced.
-        state: from ``init`` or the step before.
-        loss: scalar, sum over the batch in nats.
-        tokens: scalar, real tokens in the batch.
-        grad_norm: scalar.
-        step: int32 scalar, the number of this step.
+      config: ``train.on_bad_step`` and ``train.spike`` are read when the step is traced.
+      state: from ``init`` or the step before.
+      loss: scalar, sum over the batch in nats.
+      tokens: scalar, real tokens in the batch.
+      grad_norm: scalar.
+      step: int32 scalar, the number of this step.
 
     Returns:
-        Whether the update may be applied (bool scalar), and the state after the step.
+      Whether the update may be applied (bool scalar), and the state after the step.
     """
     spike, stops = config.train.spike, config.train.on_bad_step == "stop"
     per_token = loss.astype(jnp.float32) / jnp.maximum(tokens, 1)

@@ -19,17 +19,17 @@ def token_loss(
     """Compute cross-entropy with z-loss, as T5X's ``compute_weighted_cross_entropy``.
 
     Args:
-        logits: [B, L, V] float32.
-        targets: [B, L] token ids.
-        weights: [B, L], 0 where padding.
-        z_loss: factor of ``log(Z)^2``, which keeps the softmax normalizer near 1.
-        label_smoothing: probability mass spread over the other tokens.
-        segments: [B, L], of packed rows: 1, 2, ... for the examples of each row, 0 for padding.
+      logits: [B, L, V] float32.
+      targets: [B, L] token ids.
+      weights: [B, L], 0 where padding.
+      z_loss: factor of ``log(Z)^2``, which keeps the softmax normalizer near 1.
+      label_smoothing: probability mass spread over the other tokens.
+      segments: [B, L], of packed rows: 1, 2, ... for the examples of each row, 0 for padding.
 
     Returns:
-        Sums over the batch, in nats or counts: ``loss`` (with z-loss), ``z_loss``, ``correct`` and
-        ``tokens`` (tokens), ``exact`` (examples whose every token is the argmax) and ``rows``
-        (examples).
+      Sums over the batch, in nats or counts: ``loss`` (with z-loss), ``z_loss``, ``correct`` and
+      ``tokens`` (tokens), ``exact`` (examples whose every token is the argmax) and ``rows``
+      (examples).
     """
     vocab = logits.shape[-1]
     weights = weights.astype(jnp.float32)

@@ -40,12 +40,12 @@ class Writer:
     "loss": 2.3}`. Non-finite numbers are the strings "NaN", "Infinity" and "-Infinity".
 
     Args:
-        workdir: folder of the run; created if necessary.
-        step: the step from which the run resumes. Later lines are of steps that will be repeated;
-            they are dropped.
+      workdir: folder of the run; created if necessary.
+      step: the step from which the run resumes. Later lines are of steps that will be repeated;
+        they are dropped.
 
     Raises:
-        UserError: a file cannot be written.
+      UserError: a file cannot be written.
     """
 
     def __init__(self, workdir: str | os.PathLike[str], step: int = 0) -> None:
@@ -199,7 +199,7 @@ class Progress:
         """Print the line of a step.
 
         Returns:
-            The rates, if any step was counted, and `times`, those of `profiling.StepTimer.report`.
+          The rates, if any step was counted, and `times`, those of `profiling.StepTimer.report`.
         """
         parts = [f"step {step}/{self._total}"]
         parts += [f"{name} {value:.4g}" for name, value in values.items()]

@@ -36,11 +36,11 @@ def schedule(config: ConfigDict, total_steps: int) -> optax.Schedule:
     `warmup_steps`, after the warm-up).
 
     Args:
-        config: section `optimizer` of the config.
-        total_steps: steps of the run.
+      config: section `optimizer` of the config.
+      total_steps: steps of the run.
 
     Raises:
-        UserError: the schedule is unknown.
+      UserError: the schedule is unknown.
     """
     warmup, start = int(config.warmup_steps), max(int(config.warmup_steps), 1)
     decay_steps = max(total_steps - warmup, 1)
@@ -99,9 +99,9 @@ def _layer_by_layer(
     leading layer axis in the slots of stacked leaves.
 
     Args:
-        moments: its state is an `optax.FactoredState`.
-        shaping: it has no state.
-        step_offset: by path, what is subtracted from the step count.
+      moments: its state is an `optax.FactoredState`.
+      shaping: it has no state.
+      step_offset: by path, what is subtracted from the step count.
     """
 
     def init_leaf(param: jax.Array) -> tuple[jax.Array, ...]:
@@ -176,11 +176,11 @@ def make_optimizer(config: ConfigDict, total_steps: int) -> optax.GradientTransf
     that was trained for as long.
 
     Args:
-        config: section `optimizer` of the config.
-        total_steps: steps of the run.
+      config: section `optimizer` of the config.
+      total_steps: steps of the run.
 
     Raises:
-        UserError: a name in the config is unknown.
+      UserError: a name in the config is unknown.
     """
     rate = schedule(config, total_steps)
     if config.name == "adafactor":

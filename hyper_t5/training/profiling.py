@@ -51,9 +51,9 @@ class StepTimer:
         """Add the time of the context to a part.
 
         Args:
-            name: "data", "validate" or "save".
-            ahead: arrays of the last dispatched step. If the device still computes them at the end
-                of the context, nothing has waited, and no time is added.
+          name: "data", "validate" or "save".
+          ahead: arrays of the last dispatched step. If the device still computes them at the end
+            of the context, nothing has waited, and no time is added.
         """
         start = self._clock()
         yield
@@ -71,9 +71,9 @@ class StepTimer:
         """Compute the mean seconds per step since the last report; empty without steps.
 
         Returns:
-            ``seconds_data``: waiting for a batch; ``seconds_validate``: validation;
-            ``seconds_save``: blocked by a checkpoint;
-            ``seconds_compute``: the rest.
+          ``seconds_data``: waiting for a batch; ``seconds_validate``: validation;
+          ``seconds_save``: blocked by a checkpoint;
+          ``seconds_compute``: the rest.
         """
         if self._start is None or not self._steps:
             return {}
@@ -100,12 +100,12 @@ def utilisation(
     """Compute the model FLOPs utilisation: the share of the published bf16 peak of the chips.
 
     Args:
-        flops: of a step, on all devices: `flops.train_flops`.
-        seconds: of a step.
-        devices: those of the mesh; None for all.
+      flops: of a step, on all devices: `flops.train_flops`.
+      seconds: of a step.
+      devices: those of the mesh; None for all.
 
     Returns:
-        A number in [0, 1]; None if the peak of a device is unknown, as for CPUs.
+      A number in [0, 1]; None if the peak of a device is unknown, as for CPUs.
     """
     devices = jax.devices() if devices is None else devices
     peak = sum(accelerators.peak_of(device.device_kind) or math.nan for device in devices)
@@ -141,9 +141,9 @@ class Profile:
     One process traces: all run the same program, and a trace is tens of MB and slows its host down.
 
     Args:
-        workdir: folder of the run, local or `gs://`.
-        first: first step of the run.
-        enabled: False on all processes but one.
+      workdir: folder of the run, local or `gs://`.
+      first: first step of the run.
+      enabled: False on all processes but one.
     """
 
     def __init__(self, workdir: str | os.PathLike[str], first: int, enabled: bool = True) -> None:
@@ -156,8 +156,8 @@ class Profile:
         """Annotate a step; start or stop the trace before it.
 
         Args:
-            index: number of the step.
-            previous: arrays of the step before, for which the start and the end of the trace wait.
+          index: number of the step.
+          previous: arrays of the step before, for which the start and the end of the trace wait.
         """
         if self._enabled and index == self._steps.start:
             jax.block_until_ready(previous)

@@ -31,15 +31,15 @@ class Replay:
     """A saved step.
 
     Attributes:
-        step: its number, from 1.
-        reason: why it was saved.
-        seed: of the run.
-        tasks: names of the batch's tasks.
-        loss: per token, in nats; may be non-finite.
-        grad_norm: may be non-finite.
-        config: of the run.
-        batch: name -> array.
-        state: folder of the state before the step; None if it was not saved.
+      step: its number, from 1.
+      reason: why it was saved.
+      seed: of the run.
+      tasks: names of the batch's tasks.
+      loss: per token, in nats; may be non-finite.
+      grad_norm: may be non-finite.
+      config: of the run.
+      batch: name -> array.
+      state: folder of the state before the step; None if it was not saved.
     """
 
     step: int
@@ -63,15 +63,15 @@ def save_replay(
     """Write a step to WORKDIR/replay/STEP. All processes of a run call it.
 
     Args:
-        workdir: folder of the run, local or `gs://`.
-        replay: the step; its batch has the rows of this process.
-        save_state: saves the state before the step to a folder.
-        process: index of this process.
-        processes: their number.
+      workdir: folder of the run, local or `gs://`.
+      replay: the step; its batch has the rows of this process.
+      save_state: saves the state before the step to a folder.
+      process: index of this process.
+      processes: their number.
 
     Returns:
-        The folder. None if it could not be written, which is only logged: the run ends with the
-        error of the bad step.
+      The folder. None if it could not be written, which is only logged: the run ends with the
+      error of the bad step.
     """
     folder = files.as_path(workdir) / FOLDER / str(replay.step)
     try:

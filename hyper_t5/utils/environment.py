@@ -15,7 +15,7 @@ def set_defaults(env: MutableMapping[str, str] | None = None) -> None:
     two TPU variables replace this lookup and have no other effect. A TPU machine needs neither.
 
     Args:
-        env: the environment to change; ``os.environ`` by default.
+      env: the environment to change; ``os.environ`` by default.
     """
     env = os.environ if env is None else env
     env.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")

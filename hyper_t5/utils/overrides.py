@@ -80,9 +80,9 @@ def parse_args(arg: str | None, **defaults: Any) -> SimpleNamespace:
     """Parse the argument string of a config file, such as ``"size=base,flag"``.
 
     Args:
-        arg: comma-separated ``name=value`` pairs; a bare name sets a boolean argument to True. A
-            value with commas is quoted: ``task='a,b.json'``.
-        **defaults: the default of each argument, which also sets its type.
+      arg: comma-separated ``name=value`` pairs; a bare name sets a boolean argument to True. A
+        value with commas is quoted: ``task='a,b.json'``.
+      **defaults: the default of each argument, which also sets its type.
     """
     values = dict(defaults)
     parts = re.findall(r"""(?:=\s*(?:'[^']*'|"[^"]*")|[^,])+""", arg or "")
@@ -170,15 +170,15 @@ def set_field(
     """Set one field of ``config`` in place.
 
     Args:
-        config: the config to change.
-        field: dotted name.
-        value: the new value, before conversion.
-        defaults: the default of every field by its dotted name.
-        source: the file or flag that error messages name.
-        convert: ``parse`` for text or ``coerce`` for values.
+      config: the config to change.
+      field: dotted name.
+      value: the new value, before conversion.
+      defaults: the default of every field by its dotted name.
+      source: the file or flag that error messages name.
+      convert: ``parse`` for text or ``coerce`` for values.
 
     Raises:
-        UserError: no such field, or ``convert`` raised a TypeError.
+      UserError: no such field, or ``convert`` raised a TypeError.
     """
     if field not in defaults:
         fields = [name for name in defaults if name.startswith(f"{field}.")]

@@ -17,7 +17,7 @@ def expand(path: str) -> str:
     Every path of a flag, a config field or a config argument goes through this function.
 
     Raises:
-        UserError: a variable is not set.
+      UserError: a variable is not set.
     """
     if os.path.lexists(path):
         return path

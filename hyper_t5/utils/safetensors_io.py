@@ -35,10 +35,10 @@ class Tensor:
     """An array of a checkpoint that is read on demand.
 
     Attributes:
-        file: its location, for messages.
-        shape: shape of what `read` returns.
-        dtype: numpy's name of the stored dtype, or its code in the format (see `DTYPES`).
-        load: reads rows of axis 0; ``slice(None)`` reads all, also of a scalar.
+      file: its location, for messages.
+      shape: shape of what `read` returns.
+      dtype: numpy's name of the stored dtype, or its code in the format (see `DTYPES`).
+      load: reads rows of axis 0; ``slice(None)`` reads all, also of a scalar.
     """
 
     file: str
@@ -96,7 +96,7 @@ def open_safetensors(file: Path) -> dict[str, Tensor]:
     """Read the header of a .safetensors file; the values of its tensors are read on demand.
 
     Raises:
-        UserError: the file is missing, truncated, no safetensors file, or its header is wrong.
+      UserError: the file is missing, truncated, no safetensors file, or its header is wrong.
     """
     tensors = {}
     try:
@@ -142,9 +142,9 @@ class SafetensorsWriter(contextlib.AbstractContextManager):
     The file equals that of the safetensors library, byte for byte. Use it as a context manager.
 
     Args:
-        file: path.
-        layout: dtype, float32 or bfloat16, and shape of every tensor.
-        metadata: metadata of the header.
+      file: path.
+      layout: dtype, float32 or bfloat16, and shape of every tensor.
+      metadata: metadata of the header.
     """
 
     def __init__(

@@ -83,11 +83,11 @@ def start_processes(
     """Start the processes of a run; kill those that are left at the end.
 
     Args:
-        code: Python source, or the arguments of the interpreter (``["-m", "hyper_t5", ...]``).
-        count: number of processes of the run.
-        devices: CPU devices of each.
-        env: additional variables; an empty value removes one.
-        indices: the processes to start; by default all.
+      code: Python source, or the arguments of the interpreter (``["-m", "hyper_t5", ...]``).
+      count: number of processes of the run.
+      devices: CPU devices of each.
+      env: additional variables; an empty value removes one.
+      indices: the processes to start; by default all.
     """
     argv = ["-c", code] if isinstance(code, str) else list(code)
     address = f"127.0.0.1:{free_port()}"
