@@ -146,6 +146,9 @@ def fields() -> dict[str, Any]:
             "examples_per_task": _at_least(1, 4),  # rows of a batch: their product
             "shots": (0, 2),  # fewest and most examples shown to the hypermodel, per episode
             "use_instruction": True,
+            # What an episode of training shows, by rates: 'instruction=1,examples=2,both=1', with
+            # one or more examples, as data.shots says. '' = by use_instruction and shots.
+            "conditioning": "",
             # '' = by shots and use_instruction | 'def' | 'def_pos_2' (instruction and the task's
             # first 2 examples) | 'pos_2' (2 examples drawn from the task alone); any number for 2.
             "variant": "",
@@ -562,6 +565,8 @@ def _validate_batch(config: ConfigDict) -> None:
         )
     if data.variant:
         templates.conditioning_rule(data)
+    if data.conditioning:
+        templates.conditioning_mix(data, system.layout)
     empty = not (data.variant or data.use_instruction or (data.shots[1] and config.eval.shots))
     if empty and config.stage == "mtf" and not system.layout.in_inputs:
         raise UserError(

@@ -24,7 +24,7 @@ from hyper_t5.data.templates import (
     TEMPLATES,
     Conditioning,
     ConditioningRule,
-    conditioning_rule,
+    conditioning_mix,
     cut_example,
     join_concat,
     join_conditioning,
@@ -42,7 +42,7 @@ class EpisodeSampler:
     """Training batches of episodes.
 
     Each step draws T tasks by their rates (without repetition when rates are equal and there are
-    enough tasks); for each a number of shown examples (`templates.conditioning_rule`), those
+    enough tasks); for each a number of shown examples (`templates.conditioning_mix`), those
     examples, and G rows, none with the text of a shown example. Shown examples are drawn
     from the task's pool (Positive Examples of Super-NaturalInstructions) and rows together
     (`draw_examples`). A row's target is drawn from its references, an instruction from the task's
@@ -84,12 +84,12 @@ class EpisodeSampler:
         self._seed = seed % 2**63
         self._template = TEMPLATES[data_config.template]
         self._label = np.array(vocab.encode(self._template.label), np.int32)
-        self._rule = conditioning_rule(data_config, layout)
+        self._rules, self._rule_rates = conditioning_mix(data_config, layout)
         self._tasks = self.tasks = tasks
         rates = np.array([task.rate for task in tasks], np.float64)
         self._rates = rates / rates.sum()
         self._instructions: list[list[np.ndarray]] = [[np.zeros(0, np.int32)] for _ in tasks]
-        if self._rule.instruction:
+        if any(rule.instruction for rule in self._rules):
             texts = iter(
                 self._encode(self._template.instruction(i) for t in tasks for i in t.instructions)
             )
@@ -130,10 +130,14 @@ class EpisodeSampler:
         return rng.choice(count, wanted, p=self._rates)
 
     def _draw(self, index: int, rng: np.random.Generator) -> _Episode:
-        instructions, rule = self._instructions[index], self._rule
+        instructions, rule = self._instructions[index], self._rules[0]
+        if len(self._rules) > 1:
+            rule = self._rules[int(rng.choice(len(self._rules), p=self._rule_rates))]
         instruction = instructions[int(rng.integers(len(instructions)))]
+        if not rule.instruction:
+            instruction = instruction[:0]
         shots = int(rng.integers(rule.fewest, rule.most + 1))
-        shown = self._draw_shown(index, shots, rng)
+        shown = self._draw_shown(index, shots, rule, rng)
         while True:
             rows = self._draw_rows(index, {text_key(text) for text, _ in shown}, rng)
             first = next(rows, None)
@@ -153,10 +157,12 @@ class EpisodeSampler:
             if text_key(row.input) not in excluded:
                 yield row, row.outputs[int(rng.integers(len(row.outputs)))]
 
-    def _draw_shown(self, index: int, shots: int, rng: np.random.Generator) -> list[Example]:
+    def _draw_shown(
+        self, index: int, shots: int, rule: ConditioningRule, rng: np.random.Generator
+    ) -> list[Example]:
         # Where the examples alone say the task, one that does not fit is passed over.
-        fits = None if self._rule.instruction else self._fits
-        return draw_examples(self._tasks[index], shots, self._rule, rng, fits)
+        fits = None if rule.instruction else self._fits
+        return draw_examples(self._tasks[index], shots, rule, rng, fits)
 
     def _fits(self, example: Example) -> bool:
         """Return whether an example fits the conditioning as the only one shown."""
@@ -291,17 +297,22 @@ class EpisodeSampler:
 
     def _check(self, index: int) -> None:
         """Raise at the start what would otherwise end the run at some later step."""
-        c, task = self._config, self._tasks[index]
+        task = self._tasks[index]
         if not len(task.rows) and self._rates[index]:
             raise UserError(f"task {task.name} has no rows to train on; remove it from the mixture")
-        if self._rule.instruction:
+        for rule in self._rules:
+            self._check_rule(index, rule)
+
+    def _check_rule(self, index: int, rule: ConditioningRule) -> None:
+        c, task = self._config, self._tasks[index]
+        if rule.instruction:
             if c.on_long_instruction == "raise":
                 longest = max(self._instructions[index], key=len)
                 join_conditioning(longest, [], c.hyper_length, "raise", task.name)
             return
-        if not self._rule.most or not len(task.rows):
+        if not rule.most or not len(task.rows):
             return
-        shown = self._draw_shown(index, 1, np.random.default_rng(0))
+        shown = self._draw_shown(index, 1, rule, np.random.default_rng(0))
         keys = {text_key(text) for text, _ in shown}
         if not shown or all(text_key(row.input) in keys | task.held_out for row in task.rows):
             raise UserError(

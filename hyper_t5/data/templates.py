@@ -22,6 +22,7 @@ spaces.
 
 from __future__ import annotations
 
+import math
 import re
 import string
 from collections.abc import Callable, Sequence
@@ -33,6 +34,7 @@ from hyper_t5.data.batch import SEPARATE, Layout
 from hyper_t5.data.task_rows import Example
 from hyper_t5.data.vocab import EOS_ID, Vocabulary
 from hyper_t5.utils.errors import UserError
+from hyper_t5.utils.overrides import choose
 
 OnLong = Literal["raise", "truncate", "refuse"]  # refuse: a user's own task, without a config
 OnLongExamples = Literal["drop", "cut_left"]
@@ -102,6 +104,9 @@ def format_example(example: Example, index: int = 0, template: str = "labelled")
 # ------------------------------------------------------------------------ what is shown
 
 
+CONDITIONINGS = ("instruction", "examples", "both")  # kinds of data.conditioning
+
+
 class ConditioningRule(NamedTuple):
     """The parts of a task that its conditioning holds.
 
@@ -151,6 +156,47 @@ def conditioning_rule(data_config: Any, layout: Layout = SEPARATE) -> Conditioni
     return ConditioningRule(
         c.use_instruction, fewest if c.use_instruction else max(fewest, 1), most, False
     )
+
+
+def conditioning_mix(
+    data_config: Any, layout: Layout = SEPARATE
+) -> tuple[list[ConditioningRule], np.ndarray]:
+    """Return the rules that training draws from for each episode, and their probabilities.
+
+    These are of ``data.conditioning``, such as "instruction=1,examples=2,both=1", or the one of
+    `conditioning_rule` where that is empty.
+
+    Raises:
+      UserError: an unknown kind, a rate that is no positive number, or no examples to show.
+    """
+    c, kinds, rates = data_config, [], []
+    if not c.conditioning:
+        return [conditioning_rule(c, layout)], np.ones(1)
+    for part in c.conditioning.split(","):
+        kind, _, text = (x.strip() for x in part.partition("="))
+        choose("data.conditioning", kind, CONDITIONINGS)
+        try:
+            rate = float(text)
+        except ValueError:
+            rate = math.nan
+        if not 0 < rate < math.inf or kind in kinds:
+            raise UserError(
+                f"data.conditioning: {part!r} is not KIND=RATE with a rate above 0, one for each "
+                f"kind of {', '.join(CONDITIONINGS)}"
+            )
+        kinds.append(kind)
+        rates.append(rate)
+    most = int(c.shots[1])
+    if c.variant or (not most and kinds != ["instruction"]):
+        remedy = "set data.variant to ''" if c.variant else "raise the second number of data.shots"
+        raise UserError(f"data.conditioning={c.conditioning} draws the number of shots; {remedy}")
+    fewest = max(1, int(c.shots[0]))
+    rules = {
+        "instruction": ConditioningRule(True, 0, 0, False),
+        "examples": ConditioningRule(False, fewest, most, False),
+        "both": ConditioningRule(True, fewest, most, False),
+    }
+    return [rules[kind] for kind in kinds], np.array(rates) / sum(rates)
 
 
 # ------------------------------------------------------------------------ joining ids

@@ -216,6 +216,65 @@ def test_tasks_are_drawn_by_their_rates() -> None:
     assert 260 < drawn.count("a") < 340
 
 
+# ------------------------------------------------------------------------------- conditioning
+
+
+def kind_of(ids: np.ndarray) -> str:
+    """Return what a conditioning of template 'labelled' shows."""
+    instruction, shown = not BYTES.decode(ids).startswith("\nInput: "), shown_inputs(ids)
+    return "both" if instruction and shown else "instruction" if instruction else "examples"
+
+
+def test_conditioning_is_mixed_by_rates_for_each_episode() -> None:
+    tasks = [task_data(name) for name in "abc"]
+    fields: dict[str, Any] = {"conditioning": "instruction=1,examples=2,both=1", "shots": (0, 3)}
+    sampler = make_sampler(tasks, **fields)
+    counts: Counter[str] = Counter()
+    shots: Counter[int] = Counter()
+    for step in range(200):
+        for ids in sampler.batch(step)["hyper_inputs"]:
+            kind = kind_of(ids)
+            counts[kind] += 1
+            shots[len(shown_inputs(ids))] += kind != "instruction"
+    assert 270 < counts["examples"] < 330  # of 600, half of which are expected
+    assert 120 < counts["instruction"] < 180
+    assert 120 < counts["both"] < 180
+    assert not shots[0]
+    assert all(shots[count] > 100 for count in (1, 2, 3))
+    # A function of seed, step and slot: another sampler has the same batch, in shares too.
+    again = make_sampler(tasks, **fields)
+    for step in (7, 3):
+        whole = sampler.batch(step)
+        parts = [again.batch(step, share, 3) for share in range(3)]
+        assert all(np.array_equal(whole[k], np.concatenate([p[k] for p in parts])) for k in whole)
+
+
+def test_one_kind_of_conditioning_is_that_rule() -> None:
+    tasks = [task_data("a")]
+    mixed = make_sampler(tasks, tasks_per_batch=1, shots=(0, 2), conditioning="examples=1")
+    plain = make_sampler(tasks, tasks_per_batch=1, shots=(0, 2), use_instruction=False)
+    assert all(
+        np.array_equal(mixed.batch(step)["hyper_inputs"], plain.batch(step)["hyper_inputs"])
+        for step in range(20)
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"conditioning": "exmples=1"}, "data.conditioning.*examples"),
+        ({"conditioning": "examples"}, "'examples' is not KIND=RATE"),
+        ({"conditioning": "both=0"}, "'both=0' is not KIND=RATE"),
+        ({"conditioning": "both=1,both=2"}, "'both=2' is not KIND=RATE"),
+        ({"conditioning": "both=1", "shots": (0, 0)}, "raise the second number of data.shots"),
+        ({"conditioning": "both=1", "variant": "def"}, "set data.variant to ''"),
+    ],
+)
+def test_conditioning_that_cannot_be_drawn_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make_sampler([task_data("a")], tasks_per_batch=1, **fields)
+
+
 # ------------------------------------------------------------------------------- lengths
 
 
