@@ -7,6 +7,7 @@ outputs = predictor.predict(["a b c", "d e"], adapter)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,9 +17,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 
-def load(path: str | Path, dtype: str = "float32") -> Predictor:
+def load(path: str | Path, dtype: str = "float32", overrides: Sequence[str] = ()) -> Predictor:
     """Load a run, which can adapt, or a backbone; see ``inference.predictor.load``."""
     # Here, so that `import hyper_t5` and the command line's --help load no JAX.
     from hyper_t5.inference import predictor
 
-    return predictor.load(path, dtype)
+    return predictor.load(path, dtype, overrides)

@@ -301,6 +301,96 @@ def concatenate(parts: Sequence[Adapters]) -> Adapters:
     return Adapters(jax.tree.map(lambda *x: jnp.concatenate(x, 1), *trees), parts[0].spec)
 
 
+def compose(adapters: Adapters, weights: jax.Array) -> Adapters:
+    """Compose the adapters of C chunks of each task's conditioning into one adapter a task.
+
+    LoRA products and bottlenecks are summed by weight, side by side in their ranks and widths;
+    prefixes and memories are joined by attention, which takes no weights. All shapes depend on C
+    alone: an unused chunk has zero LoRA and bottlenecks, and masked slots. With position bias `hf`
+    the distance of a prefix depends on the chunks after it, so unused chunks come first; then one
+    used chunk has the effect of its own adapters.
+
+    Args:
+      adapters: of T * C chunks, those of a task adjacent.
+      weights: [T, C], which sum to 1 over C; 0 where a chunk is unused.
+
+    Returns:
+      Adapters of T tasks, of rank C * R at the same scale, C * P slots, and so on.
+    """
+    tasks, chunks = weights.shape
+
+    def leaf(name: str, x: jax.Array) -> jax.Array:
+        x = x.reshape(len(x), tasks, chunks, *x.shape[2:])
+        weight = weights.reshape(1, tasks, chunks, *[1] * (x.ndim - 3))
+        if name in _WEIGHTED:
+            x = x * weight.astype(x.dtype)
+        x = jnp.where(weight > 0, x, jnp.zeros((), x.dtype))
+        if name not in _WIDTH_AXES:
+            return x.sum(2)
+        axis = _WIDTH_AXES[name]
+        x = jnp.moveaxis(x, 2, axis)
+        return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+
+    flat = traverse_util.flatten_dict(adapters.tree)
+    for path in [path for path in flat if path[-1] == "key"]:
+        flat.setdefault((*path[:-1], "mask"), jnp.ones(flat[path].shape[:3], bool))
+    tree = traverse_util.unflatten_dict({path: leaf(path[-1], x) for path, x in flat.items()})
+    return Adapters(tree, _composed_spec(adapters.spec, chunks))
+
+
+# Leaf name -> the axis of [N, T, ...] that `compose` widens; other leaves are summed.
+_WIDTH_AXES = {
+    **{"a": 3, "b": 2, "down": 3, "down_bias": 2, "up": 2},
+    **{"key": 2, "value": 2, "mask": 2, "states": 2},
+}
+_WEIGHTED = ("b", "bias", "up", "up_bias")
+
+
+def _composed_spec(spec: AdapterSpec, chunks: int) -> AdapterSpec:
+    """Return the spec of `compose`: C times each width, at the scale alpha / R of each LoRA."""
+    lora, prefix, bottleneck = spec.lora, spec.prefix, spec.bottleneck
+    if lora:
+        lora = dataclasses.replace(
+            lora,
+            rank=chunks * lora.rank,
+            alpha=chunks * lora.alpha,
+            rank_pattern=tuple((t, chunks * r) for t, r in lora.rank_pattern),
+            alpha_pattern=tuple((t, chunks * a) for t, a in lora.alpha_pattern),
+        )
+    if prefix:
+        prefix = dataclasses.replace(prefix, length=chunks * prefix.length)
+    if bottleneck:
+        sizes = tuple(chunks * size for size in bottleneck.sizes)
+        bottleneck = dataclasses.replace(bottleneck, sizes=sizes)
+    return AdapterSpec(lora, prefix, bottleneck, chunks * spec.memory)
+
+
+def trim(adapters: Adapters) -> Adapters:
+    """Remove what unused chunks left in one task's composed adapters; the effect is the same.
+
+    These are the first ranks of each LoRA target, where b is zero, at the same scale alpha / R, and
+    the first slots of prefixes, where they are masked at every site.
+    """
+    flat = traverse_util.flatten_dict(adapters.tree)
+    lora, prefix = adapters.spec.lora, adapters.spec.prefix
+    if lora:
+        ranks = {target: lora.rank_of(target) for target in lora.targets}
+        for target in ranks:
+            a, b = ((*target.split("."), name) for name in "ab")
+            first = int(np.argmax(np.any(np.asarray(flat[b]) != 0, (0, 1, 3))))
+            flat[a], flat[b] = flat[a][..., first:], flat[b][:, :, first:]
+            ranks[target] -= first
+        alphas = {target: lora.scale_of(target) * rank for target, rank in ranks.items()}
+        lora = lora_spec(ranks, alphas, lora.bias)
+    masks = [x for path, x in flat.items() if path[-2:] == ("prefix", "mask")]
+    if prefix and len(masks) == len(prefix.sites):
+        first = min(int(np.argmax(np.any(np.asarray(mask), (0, 1)))) for mask in masks)
+        flat = {p: x[:, :, first:] if p[-2] == "prefix" else x for p, x in flat.items()}
+        prefix = dataclasses.replace(prefix, length=prefix.length - first)
+    spec = dataclasses.replace(adapters.spec, lora=lora, prefix=prefix)
+    return Adapters(traverse_util.unflatten_dict(flat), spec)
+
+
 def parameters_per_task(adapters: Adapters) -> int:
     """Count the parameters of one task, without masks."""
     leaves = [x for x in jax.tree.leaves(adapters.tree) if x.dtype != bool]

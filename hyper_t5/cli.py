@@ -332,13 +332,15 @@ build.add_argument(
     flags.STEP,
     flags.MOVED_BACKBONE,
     flags.PEFT,
+    flags.GIN_FILES,
 )
 def adapt(args: Namespace) -> None:
     """Generate an adapter from a task file; print its folder."""
     from hyper_t5 import runs
     from hyper_t5.inference import predictor
 
-    run = runs.open(args.workdir, runs.backbone_override(args.backbone), step=args.step)
+    overrides = [*read_overrides(args.gin, args.gin_file), *runs.backbone_override(args.backbone)]
+    run = runs.open(args.workdir, overrides, step=args.step)
     print(predictor.adapt(run, args.task, args.out, args.format, args.base_model, args.dtype))
 
 

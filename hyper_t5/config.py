@@ -140,6 +140,9 @@ def fields() -> dict[str, Any]:
             "vocab": "",  # '' = the mixture's own | 'bytes' | a SentencePiece .model file
             "extra_ids": _at_least(0, 100),  # sentinels at the end of the vocabulary
             "hyper_length": _at_least(1, 128),
+            # A longer conditioning is read in so many chunks of hyper_length, each the instruction
+            # and as many examples as fit, whose adapters are composed.
+            "chunks": _at_least(1, 1),
             "input_length": _at_least(1, 64),
             "target_length": _at_least(1, 32),  # tokens, EOS included
             "tasks_per_batch": _at_least(1, 8),
@@ -553,6 +556,23 @@ def _validate_validation(config: ConfigDict) -> None:
         )
 
 
+def _validate_chunks(config: ConfigDict) -> None:
+    from hyper_t5.hypermodels import SYSTEMS
+
+    system, chunks = SYSTEMS[config.system], config.data.chunks
+    if system.kind != "generated" or system.conditioned_on == "input" or system.layout.in_inputs:
+        raise UserError(
+            f"data.chunks={chunks}: system={config.system} reads no task in chunks; set it to 1"
+        )
+    if config.stage == "hyperpretrain" or config.data.on_long_examples != "drop":
+        field = "stage" if config.stage == "hyperpretrain" else "data.on_long_examples"
+        value = config.stage if field == "stage" else config.data.on_long_examples
+        raise UserError(
+            f"data.chunks={chunks} splits the examples of tasks, and {field}={value} has none to "
+            "split; set data.chunks=1"
+        )
+
+
 def _validate_batch(config: ConfigDict) -> None:
     from hyper_t5.data import templates
     from hyper_t5.hypermodels import SYSTEMS
@@ -574,6 +594,8 @@ def _validate_batch(config: ConfigDict) -> None:
             f"nothing: data.shots={data.shots[0]},{data.shots[1]} and eval.shots="
             f"{config.eval.shots} must allow one"
         )
+    if data.chunks > 1:
+        _validate_chunks(config)
     if data.pack and config.stage == "hyperpretrain":
         raise UserError("data.pack=True is for tasks; chunks of text fill their rows, set it False")
     if data.pack and system.conditioned_on == "input":

@@ -46,7 +46,7 @@ def system_flops(
     """
     m, d = _unrolled(config, sizes), config.data
     params = model.param_shapes(m)
-    wide, targets = d.hyper_length + d.input_length, _ids(rows, d.target_length)
+    wide, targets = d.hyper_length * d.chunks + d.input_length, _ids(rows, d.target_length)
 
     def example(backbone: Tree, adapters: Any, inputs: Any, targets: Any) -> jax.Array:
         return t5.T5(m.sizes).apply({"params": backbone}, inputs, targets, adapters)
@@ -212,7 +212,7 @@ def _ids(*shape: int) -> jax.ShapeDtypeStruct:
 
 def _conditioning(m: model.Model, config: ConfigDict) -> tuple[Any, Any]:
     """Return the hypermodel's inputs of one task: ids [1, L] and its number [1]."""
-    length = config.data.hyper_length
+    length = config.data.hyper_length * config.data.chunks
     if m.system.conditioned_on == "input":
         length += config.data.input_length
     return _ids(1, length), _ids(1)

@@ -21,7 +21,7 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from hyper_t5 import hypermodels, t5
-from hyper_t5.adapters import Adapters
+from hyper_t5.adapters import Adapters, compose
 from hyper_t5.hypermodels import BACKBONE, HYPERMODEL, SYSTEMS, System
 from hyper_t5.parallel.sharding import Placement
 from hyper_t5.t5.decoding import decode
@@ -40,12 +40,14 @@ class Model:
       system: its registry entry.
       hypermodel: the module that emits adapters; None where none are emitted.
       placement: how parameters lie on a mesh; None: on one device.
+      chunks: C; a conditioning is read in C chunks, whose adapters are composed.
     """
 
     sizes: t5.T5Config
     system: System
     hypermodel: nn.Module | None
     placement: Placement | None = None
+    chunks: int = 1
 
     @property
     def task_slots(self) -> int:
@@ -60,12 +62,15 @@ class Model:
     def adapters(
         self, params: Tree, ids: Array, tasks: Array, rng: Array | None = None
     ) -> Adapters | None:
-        """Generate adapters from conditioning ids [T, Lh] and task numbers [T].
+        """Generate adapters from conditioning ids [T, C * Lh] and task numbers [T].
 
-        ``rng`` enables dropout. Returns None where the system emits none.
+        Each of the C chunks is read on its own, and their adapters are composed, weighted by their
+        tokens. ``rng`` enables dropout. Returns None where the system emits none.
         """
         if self.hypermodel is None:
             return None
+        if self.chunks > 1:
+            ids, tasks = ids.reshape(len(ids) * self.chunks, -1), jnp.repeat(tasks, self.chunks)
         adapters = self.hypermodel.apply(
             {"params": {**params.get(HYPERMODEL, {}), BACKBONE: params[BACKBONE]}},
             ids,
@@ -73,6 +78,10 @@ class Model:
             rng is None,
             rngs=None if rng is None else {"dropout": rng},
         )
+        if self.chunks > 1:
+            tokens = jnp.sum(ids > 0, 1, dtype=jnp.float32).reshape(-1, self.chunks)
+            weights = tokens / jnp.maximum(tokens.sum(1, keepdims=True), 1.0)
+            adapters = compose(adapters, weights)
         return self.placement.constrain_adapters(adapters) if self.placement else adapters
 
     def logits(self, params: Tree, batch: Tree, rng: Array | None = None) -> Array:
@@ -112,7 +121,8 @@ def build_model(
 ) -> Model:
     """Return the model of ``config.system`` on a backbone of these sizes."""
     system = SYSTEMS[config.system]
-    return Model(sizes, system, system.build(config, sizes) if system.build else None, placement)
+    hypermodel = system.build(config, sizes) if system.build else None
+    return Model(sizes, system, hypermodel, placement, config.data.chunks)
 
 
 # ------------------------------------------------------------------------ shapes and shardings

@@ -288,6 +288,61 @@ def test_examples_of_a_task_can_be_tasks_of_their_own() -> None:
     assert off(four_tasks, one_task) < 1e-5
 
 
+# ------------------------------------------------------------------------------- composition
+
+
+def poisoned(adapters: Adapters, chunks: int) -> Adapters:
+    """Return the adapters of T tasks as the last of C chunks each, the others not a number."""
+
+    def widen(_: str, leaf: np.ndarray) -> np.ndarray:
+        shape = (leaf.shape[0], leaf.shape[1], chunks, *leaf.shape[2:])
+        wide = np.full(shape, True if leaf.dtype == bool else np.nan, leaf.dtype)
+        wide[:, :, -1] = leaf
+        return wide.reshape(leaf.shape[0], -1, *leaf.shape[2:])
+
+    return map_leaves(adapters, widen)
+
+
+@pytest.mark.parametrize("bias", ["hf", "zero"])
+@pytest.mark.parametrize("masked", [0, 1])
+def test_composing_one_chunk_changes_nothing(bias: str, masked: int) -> None:
+    plain = random_adapters(EVERYTHING[bias], 2)
+    if masked:
+        plain = with_mask(plain, masked)
+    composed = ad.compose(poisoned(plain, 3), jnp.array([[0.0, 0.0, 1.0]] * 2))
+    ad.check(composed, CONFIG, "composed")
+    assert off(run(INPUTS, TARGETS, composed)[REAL], run(INPUTS, TARGETS, plain)[REAL]) < 1e-5
+
+
+def test_composed_lora_is_the_weighted_sum_of_products() -> None:
+    chunks = random_adapters(dataclasses.replace(EVERYTHING["hf"], memory=0), 4)
+    weights = jnp.array([[0.25, 0.75], [0.5, 0.5]])
+    composed = ad.compose(chunks, weights)
+    lora, own = composed.spec.lora, chunks.spec.lora
+    assert lora
+    assert own
+    for target in own.targets:
+        site, _, projection = target.partition(".")
+        part, whole = chunks.tree[site][projection], composed.tree[site][projection]
+        assert lora.scale_of(target) == pytest.approx(own.scale_of(target))
+        products = np.einsum("ntir,ntro->ntio", part["a"], part["b"])
+        products = products.reshape(len(products), 2, 2, *products.shape[2:])
+        expected = np.einsum("ntcio,tc->ntio", products, weights)
+        assert off(np.einsum("ntir,ntro->ntio", whole["a"], whole["b"]), expected) < 1e-6
+
+
+def test_composed_prefixes_and_memories_are_side_by_side() -> None:
+    chunks = random_adapters(EVERYTHING["hf"], 2)
+    composed = ad.compose(chunks, jnp.array([[0.25, 0.75]]))
+    prefix, states = chunks.tree["enc_self"]["prefix"], chunks.tree[ad.MEMORY]["states"]
+    for name in ("key", "value"):
+        expected = np.concatenate([prefix[name][:, :1], prefix[name][:, 1:]], 2)
+        np.testing.assert_array_equal(composed.tree["enc_self"]["prefix"][name], expected)
+    assert np.all(composed.tree["enc_self"]["prefix"]["mask"])
+    expected = np.concatenate([states[:, :1], states[:, 1:]], 2)
+    np.testing.assert_array_equal(composed.tree[ad.MEMORY]["states"], expected)
+
+
 def test_concatenate_is_the_inverse_of_take() -> None:
     adapters = random_adapters(PREFIX, 3)
     parts = [ad.take(adapters, [0]), ad.take(adapters, [1, 2])]

@@ -130,7 +130,10 @@ def test_the_example_of_help_runs_its_function(
         ("evaluate --workdir=w --adapter=a", "--adapter: not allowed with argument --workdir"),
         ("evaluate --adapter=a --out=o", "--adapter and --backbone belong together"),
         ("evaluate --adapter=a --backbone=b", "--adapter needs --out"),
-        ("adapt --workdir=w --task=t --out=o --gin.seed=3", "--gin.seed=3: adapt takes no config"),
+        (
+            "predict --backbone=b --input=i --output=o --gin.seed=3",
+            "--gin.seed=3: predict takes no config",
+        ),
         ("adapt --workdir=w --task=t --out=o --format=hf", "invalid choice: 'hf'"),
         ("predict --input=i --output=o", "one of the arguments --backbone --workdir is required"),
         ("predict --input=i --output=o --backbone=b --task=t", "or --workdir and --task"),

@@ -74,7 +74,9 @@ def load_config(workdir: PathLike, overrides: Sequence[str | Override] = ()) -> 
         if field in recorded:
             section, _, name = field.partition(".")
             config[section][name] = paths.resolve(value, recorded[field], str(path.parent))
-    config_lib.apply(config, read_overrides(overrides))
+    if changes := read_overrides(overrides):
+        config_lib.apply(config, changes)
+        config_lib.validate(config, needs_backbone=False)  # its folder may be gone by now
     return config
 
 

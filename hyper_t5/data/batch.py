@@ -1,6 +1,7 @@
 """Batches: their layouts, names, shapes and dtypes.
 
 Shapes: T tasks in a batch, G rows a task, Lh, Li, Lt the lengths of conditioning, input and target.
+With ``data.chunks`` a conditioning is C chunks of ``data.hyper_length`` ids, and Lh is their sum.
 
     hyper_inputs [T, Lh]      the conditioning that the hypermodel reads
     inputs       [T, G, Li]   what the backbone encodes
@@ -43,8 +44,8 @@ class Layout:
     eos_after_parts: bool = False
 
     def hyper_length(self, data_config: Any) -> int:
-        """Return the length of a row of ``hyper_inputs``."""
-        return 1 if self.in_inputs else data_config.hyper_length
+        """Return the length of a row of ``hyper_inputs``: that of its chunks together."""
+        return 1 if self.in_inputs else data_config.hyper_length * data_config.chunks
 
     def input_length(self, data_config: Any, text: bool = False) -> int:
         """Return the length of a row of ``inputs``: with ``in_inputs`` it holds the conditioning.

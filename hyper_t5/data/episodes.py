@@ -26,6 +26,7 @@ from hyper_t5.data.templates import (
     ConditioningRule,
     conditioning_mix,
     cut_example,
+    join_chunks,
     join_concat,
     join_conditioning,
 )
@@ -189,10 +190,11 @@ class EpisodeSampler:
             ids = iter(self._encode("".join(pair) for pair in parts))
         for episode in episodes:
             episode.examples = [next(ids) for _ in episode.shown]
-            joined = episode.conditioning = join_conditioning(
+            joined = episode.conditioning = join_chunks(
                 episode.instruction,
                 episode.examples,
                 c.hyper_length,
+                c.chunks,
                 c.on_long_instruction,
                 self.names[episode.task],
                 self._layout,

@@ -16,7 +16,7 @@ from hyper_t5.data.templates import (
     TEMPLATES,
     conditioning_rule,
     encode_example,
-    join_conditioning,
+    join_chunks,
 )
 from hyper_t5.data.vocab import EOS_ID, Vocabulary
 from hyper_t5.utils.errors import UserError
@@ -31,7 +31,7 @@ class EvalTask:
       category: of the task, '' when it has none.
       instruction: the text, whether it is shown or not.
       shown: the examples in the conditioning, as text.
-      hyper_ids: [Lh] int32, padded; [1] for layouts with ``in_inputs``.
+      hyper_ids: [C * Lh] int32, padded; [1] for layouts with ``in_inputs``.
       ids: of the rows [n].
       texts: the rows' inputs [n].
       inputs: [n, Li] int32, padded; wider for layouts with ``in_inputs``.
@@ -88,10 +88,11 @@ def _eval_task(task: TaskData, vocab: Vocabulary, config: Any, layout: Layout) -
         longest = c.hyper_length - 1
     shown = _shown_examples(task, rows, shots, vocab, c, longest)
     examples = [ids for _, ids in shown]
-    conditioning = join_conditioning(
+    conditioning = join_chunks(
         instruction,
         examples,
         c.hyper_length,
+        c.chunks,
         c.on_long_instruction,
         task.name,
         layout,

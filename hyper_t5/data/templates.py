@@ -264,6 +264,37 @@ def join_conditioning(
     return Conditioning(np.append(ids, np.int32(EOS_ID)), len(examples) - count, truncated)
 
 
+def join_chunks(
+    instruction: Sequence[int] | np.ndarray,
+    examples: Sequence[Sequence[int] | np.ndarray],
+    max_length: int,
+    chunks: int,
+    *options: Any,
+) -> Conditioning:
+    """Join a conditioning in at most ``chunks`` chunks of ``max_length`` ids (`join_conditioning`).
+
+    Each chunk has the instruction and the next examples that fit. Returns the ids of all chunks
+    [chunks * max_length], padded, with the unused ones in front (`adapters.compose`); of one chunk,
+    its ids as they are.
+    """
+    if chunks == 1:
+        return join_conditioning(instruction, examples, max_length, *options)
+    joined: list[Conditioning] = []
+    remaining = list(examples)
+    while len(joined) < chunks and (remaining or not joined):
+        chunk = join_conditioning(instruction, remaining, max_length, *options)
+        count = len(remaining) - chunk.dropped
+        if count or not joined:
+            joined.append(chunk)
+        if not count:
+            break  # the next example does not fit
+        remaining = remaining[count:]
+    ids = np.zeros((chunks, max_length), np.int32)
+    for row, chunk in zip(ids[chunks - len(joined) :], joined, strict=True):
+        row[: len(chunk.ids)] = chunk.ids
+    return Conditioning(ids.reshape(-1), len(remaining), any(c.truncated for c in joined))
+
+
 def join_concat(
     instruction: np.ndarray,
     examples: Sequence[np.ndarray],
@@ -321,10 +352,11 @@ def format_conditioning(
     An instruction or example that is too long is refused, never cut.
     """
     c = data_config
-    return join_conditioning(
+    return join_chunks(
         np.array(vocab.encode(TEMPLATES[c.template].instruction(instruction)), np.int32),
         [encode_example(vocab, e, i, c) for i, e in enumerate(examples)],
         c.hyper_length,
+        c.chunks,
         "refuse",
         location,
         layout,

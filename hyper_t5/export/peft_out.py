@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 
-from hyper_t5.adapters import SITES, Adapters, LoraSpec, check, targets_of
+from hyper_t5.adapters import SITES, Adapters, LoraSpec, check, take, targets_of, trim
 from hyper_t5.export.merged import check_task
 from hyper_t5.export.peft_names import PEFT_CONFIG, PEFT_TENSORS, PROMPT, hf_module, lora_tensor
 from hyper_t5.t5 import T5Config
@@ -66,6 +66,8 @@ def export_peft(
     """
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"export: dtype {dtype!r} is not one of float32, bfloat16")
+    check_task(adapters, task)
+    adapters = trim(take(adapters, [task]))
     tree = _one_task(adapters, t5_config, task, dtype)
     _check_expressible(adapters, tree)
     config: dict[str, Any] = {
@@ -92,10 +94,9 @@ def export_peft(
 def _one_task(adapters: Adapters, t5_config: T5Config, task: int, dtype: str) -> dict[str, Any]:
     """Return the tree of one task as numpy arrays without the task axis, checked and cast."""
     check(adapters, t5_config, "export")
-    check_task(adapters, task)
     flat = {}
     for path, leaf in traverse_util.flatten_dict(adapters.tree, sep="/").items():
-        array = np.asarray(leaf[:, task])
+        array = np.asarray(leaf[:, 0])
         if array.dtype != bool:
             array = array.astype(dtype)
             if not np.isfinite(array).all():

@@ -281,14 +281,19 @@ def truncation_message(truncated: int, rows: int) -> str:
 # ------------------------------------------------------------------------------- loading
 
 
-def load(path: PathLike, dtype: str = "float32") -> Predictor:
+def load(path: PathLike, dtype: str = "float32", overrides: Sequence[str] = ()) -> Predictor:
     """Load a run, which can adapt too, or a backbone: native, T5X or Hugging Face.
 
-    ``dtype`` is that of a backbone's weights; a run records its own.
+    Args:
+      path: the folder.
+      dtype: of a backbone's weights; a run records its own.
+      overrides: of a run's config, such as "data.chunks=8" to adapt to many examples.
     """
     if runs.is_run(path):
-        run = runs.open(path)
+        run = runs.open(path, overrides)
         return Predictor(run.backbone, run)
+    if overrides:
+        raise UserError(f"{path}: a backbone has no config; remove {overrides[0]}")
     backbone = runs.load_backbone(path, dtype=dtype)
     return Predictor(
         dataclasses.replace(backbone, params=jax.tree.map(jnp.asarray, backbone.params))
@@ -373,7 +378,7 @@ def _condition(run: Run, task: Task, log: Callable[[str], None]) -> _Conditionin
         instruction, examples = read_task_file(task)
     system = run.model.system
     rule = conditioning_rule(c, system.layout)
-    shown = examples[: rule.most]
+    shown = examples[: rule.most * c.chunks]
     text = instruction if rule.instruction else ""
     ids, dropped, _ = format_conditioning(
         text, shown, run.backbone.vocab, c, location, system.layout
@@ -405,7 +410,8 @@ def _generate(run: Run, conditionings: Sequence[_Conditioning]) -> Iterator[Adap
             empty = ad.Adapters({}, ad.AdapterSpec())
             yield Adapter(empty, c.meta, hypermodel, c.name)
         return
-    ids = np.zeros((len(conditionings), run.config.data.hyper_length), np.int32)
+    length = run.model.system.layout.hyper_length(run.config.data)
+    ids = np.zeros((len(conditionings), length), np.int32)
     for i, c in enumerate(conditionings):
         ids[i, : len(c.ids)] = c.ids
     numbers = [c.task_number for c in conditionings]

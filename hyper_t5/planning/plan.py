@@ -192,9 +192,8 @@ def generate_program(target: Target) -> Program | None:
     if m.hypermodel is None or m.system.conditioned_on == "input":
         return None
     params = _replicated_over_data(target)
-    ids = _abstract(
-        _ids(placement.batch_shards, target.config.data.hyper_length), placement.batch_sharding
-    )
+    length = m.system.layout.hyper_length(target.config.data)
+    ids = _abstract(_ids(placement.batch_shards, length), placement.batch_sharding)
     tasks = _abstract(_ids(placement.batch_shards), placement.batch_sharding)
     step = jax.jit(lambda params, ids, tasks: model.generate_adapters(m, params, ids, tasks))
     arguments = (params, ids, tasks)
@@ -214,9 +213,8 @@ def evaluate_program(target: Target) -> Program:
     adapters = None
     if m.hypermodel is not None and m.system.conditioned_on == "task":
         unplaced = dataclasses.replace(m, placement=None)
-        shapes = jax.eval_shape(
-            unplaced.adapters, params, _ids(1, config.data.hyper_length), _ids(1)
-        )
+        length = m.system.layout.hyper_length(config.data)
+        shapes = jax.eval_shape(unplaced.adapters, params, _ids(1, length), _ids(1))
         adapters = _abstract(shapes, placement.replicated)
     options = {"steps": config.eval.max_decode_length, "beam_size": config.eval.beam_size}
     step = jax.jit(functools.partial(model.generate_tokens, m, **options))
@@ -281,6 +279,7 @@ def analyse(target: Target, program: Program, hlo_file: Path | None = None) -> d
     text = compiled.as_text() or ""
     if hlo_file is not None:
         files.check_writable(hlo_file)
+        hlo_file.parent.mkdir(parents=True, exist_ok=True)
         hlo_file.write_bytes(gzip.compress(text.encode(), mtime=0))
     costs = {"memory": memory, "fits": memory["peak"] <= memory["limit"]}
     costs |= {"compile_seconds": seconds, "compile_cpu_seconds": cpu_seconds}

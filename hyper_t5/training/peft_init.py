@@ -196,7 +196,8 @@ def _emitted_shapes(init: str, config: ConfigDict) -> ad.Adapters:
     m = model_lib.build_model(config, config_lib.t5_config(config))
     if not m.emits_per_task:
         raise UserError(f"init={init}: system={config.system} emits no task adapters")
-    ids = jax.ShapeDtypeStruct((1, config.data.hyper_length), jnp.int32)
+    length = m.system.layout.hyper_length(config.data)
+    ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
     number = jax.ShapeDtypeStruct((1,), jnp.int32)
     params = model_lib.param_shapes(m)
     return jax.eval_shape(functools.partial(model_lib.generate_adapters, m), params, ids, number)

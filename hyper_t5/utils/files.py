@@ -187,14 +187,16 @@ def check_regular(file: Path, max_bytes: int | None = None) -> None:
 
 
 def check_writable(file: Path) -> None:
-    """Make the folder of a local file; UserError where the file cannot be written."""
+    """Raise UserError where a local file, whose folder may not exist, cannot be written."""
     if not is_local(as_path(file)) or is_stream(file):
         return
     if file.is_dir():
         raise UserError(f"cannot write {file}: is a folder; pass the name of a file")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=_writable_path(file).parent).close()
+        folder = _writable_path(file).parent
+        while not folder.exists():
+            folder = folder.parent
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UserError(f"cannot write {file}: {error.strerror}") from error
 

@@ -21,6 +21,7 @@ from hyper_t5.data.templates import (
     Conditioning,
     OnLong,
     format_example,
+    join_chunks,
     join_concat,
     join_conditioning,
 )
@@ -330,3 +331,28 @@ def test_metaicl_conditioning_is_cut_at_its_start() -> None:
         assert not numbers & {part.split()[0] for part in text.split(" yes ")[1:]}
     assert sampler.stats["truncated_conditionings"] == 2
     assert sampler.stats["dropped_examples"] == 0
+
+
+# ------------------------------------------------------------------------------- chunks
+
+
+def chunk_texts(instruction: str, count: int, length: int, chunks: int) -> tuple[list[str], int]:
+    """Return the text of each chunk of ``count`` examples, and the number of dropped ones."""
+    shown = [BYTES.encode(format_example((f"{i}", f"{i}"))) for i in range(count)]
+    joined = join_chunks(BYTES.encode(instruction), shown, length, chunks)
+    return [text_of(ids) for ids in joined.ids.reshape(chunks, length)], joined.dropped
+
+
+def test_examples_fill_chunks_in_order_and_unused_chunks_come_first() -> None:
+    example_length = len(format_example(("0", "0")))
+    texts, dropped = chunk_texts("do", 5, 3 + 2 * example_length, 4)
+    shown = [format_example((f"{i}", f"{i}")) for i in range(5)]
+    chunks = ["".join(["do", *part]) for part in (shown[:2], shown[2:4], shown[4:])]
+    assert (texts, dropped) == (["", *chunks], 0)
+    texts, dropped = chunk_texts("do", 5, 3 + 2 * example_length, 2)
+    assert (texts, dropped) == (chunks[:2], 1)
+    texts, dropped = chunk_texts("do", 0, 3 + 2 * example_length, 2)
+    assert (texts, dropped) == (["", "do"], 0)
+    # An example that fits beside no instruction ends the list, as without chunks.
+    texts, dropped = chunk_texts("do", 2, 4, 3)
+    assert (texts, dropped) == (["", "", "do"], 2)

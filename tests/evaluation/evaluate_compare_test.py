@@ -55,7 +55,7 @@ def test_table_of_costs() -> None:
 def test_compare_lists_other_runs(
     run_of: Any, evaluation_of: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.copytree(evaluation_of("none"), run_of("none") / "eval" / "0")
+    shutil.copytree(evaluation_of("none"), run_of("none") / "eval" / "0", dirs_exist_ok=True)
     file = tmp_path / "metrics.json"
     file.write_text(json.dumps(report("from a file", 12.5, "test")))
     flags = [f"--compare={run_of('none')}", f"--compare={file}"]

@@ -201,7 +201,7 @@ BOTTLENECK = AdapterSpec(bottleneck=ad.BottleneckSpec(("dec_mlp",), (2,)))
         (prefix("dec_cross"), None, "not at dec_cross; train with .*dec_self.* or keep"),
         (prefix("dec_self", bias="zero"), None, "position_bias='zero'; train with 'hf', or keep"),
         (DEC_PREFIX, [True, False, True], "3 of the prefix slots are masked.* or keep"),
-        (BOTH, None, "cannot have LoRA and prefixes active together; emit one of them .* or keep"),
+        (BOTH, None, "cannot have LoRA and prefixes active together; emit one of them, or keep"),
         (BOTTLENECK, None, "PEFT has no bottleneck adapters .* or keep"),
         (AdapterSpec(memory=2), None, "PEFT cannot add memory .* or keep"),
     ],

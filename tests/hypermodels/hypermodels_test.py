@@ -539,7 +539,7 @@ BAD_CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"system": "hint", "adapter__bottleneck_sizes": (2, 3)}, "adapter.bottleneck_sizes: system h"),
     (
         {"system": "shared_bottleneck", "adapter__bottleneck_sizes": (2, 3, 4)},
-        "adapter.bottleneck_sizes has 3 sizes for 2 places (enc_mlp, dec_mlp)",
+        "adapter.bottleneck_sizes has 3 sizes for 2 sites (enc_mlp, dec_mlp)",
     ),
     ({"system": "task_lora"}, "adapter.task_slots=0: task_lora keeps adapters for each task"),
     (
