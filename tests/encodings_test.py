@@ -166,6 +166,7 @@ def test_decoded_text_is_printed_where_stdout_is_ascii(tmp_path: Path) -> None:
 
 
 def test_gpt2_merges_may_have_a_byte_order_mark(tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers")  # an extra
     merges = [f"{chr(97 + i % 26)} {chr(97 + i // 26)}" for i in range(3)]
     for mark in ("", "\ufeff"):
         (tmp_path / "merges.txt").write_text(mark + "#version: 0.2\n" + "\n".join(merges) + "\n")
