@@ -524,6 +524,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "text_to_lora.py": {"system": "text_to_lora", "adapter.lora_rank": 8},
     "fid_icl.py:size=xl": {"system": "fid_icl", "data.shots": (16, 16)},
     "cached.py": {"system": "cached"},
+    "rules.py": {"system": "hyper_prefix", "data.mixture": "rules", "train.steps": 1500},
+    "rules.py:system=concat": {"system": "concat", "data.mixture": "rules", "train.steps": 12000},
     "cached.py:trained=yes,gist_tokens=32": {
         "system": "hyper_prefix",
         "hypermodel.gist_tokens": 32,
