@@ -8,6 +8,7 @@ after a checkpoint (the same command resumes), 130 interrupted.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import sys
@@ -432,6 +433,56 @@ predict.add_argument(
 )
 
 
+@command("--workdir runs/mtf --port 8000", flags.GIN_FILES)
+def serve(args: Namespace) -> None:
+    """Serve a T5 with an adapter per request over HTTP, and a page to try it."""
+    if bool(args.workdir) == bool(args.backbone):
+        raise UserError("serve: pass --workdir of a run, or --backbone with --adapter NAME=FOLDER")
+    try:
+        from hyper_t5.serving import server
+        from hyper_t5.serving.service import Limits
+    except ImportError as error:
+        raise UserError(
+            f"serve: needs {error.name}; install the extra: pip install 'hyper_t5[serve]'"
+        ) from None
+    limits = Limits(
+        args.max_batch, args.max_queue, args.max_adapters, args.max_input, args.max_output
+    )
+    overrides = read_overrides(args.gin, args.gin_file)
+    service = server.open_service(args.workdir, args.backbone, args.adapter, limits, overrides)
+    server.serve(service, args.host, args.port, args.api_key, args.adapter_dir, args.warmup)
+
+
+serve.add_argument("--workdir", type=path, default="", help="run that generates adapters")
+serve.add_argument("--backbone", type=path, default="", help="backbone, without a hypermodel")
+serve.add_argument(
+    "--adapter", action="append", default=[], help="NAME=FOLDER of a native adapter; repeatable"
+)
+serve.add_argument("--adapter_dir", type=path, default="", help="folder to load adapters from")
+serve.add_argument("--host", default="127.0.0.1", help="address (default: %(default)s)")
+serve.add_argument("--port", type=at_least(0), default=8000, help="0: any (default: 8000)")
+serve.add_argument(
+    "--api_key", default="", help="bearer token of /v1 (default: HYPER_T5_API_KEY, or none)"
+)
+serve.add_argument("--max_batch", type=at_least(1), default=16, help="slots (default: 16)")
+serve.add_argument("--max_queue", type=at_least(1), default=256, help="waiting rows (default: 256)")
+serve.add_argument(
+    "--max_adapters", type=at_least(1), default=64, help="adapters in memory (default: 64)"
+)
+serve.add_argument(
+    "--max_input", type=at_least(2), default=256, help="tokens of a prompt (default: 256)"
+)
+serve.add_argument(
+    "--max_output", type=at_least(1), default=128, help="tokens of an output (default: 128)"
+)
+serve.add_argument(
+    "--warmup",
+    action=argparse.BooleanOptionalAction,
+    default=True,
+    help="compile all programs before the first request (default: yes)",
+)
+
+
 @command("--input checkpoint_7 --to native --vocab spiece.model --out t5_base", flags.DTYPE)
 def convert(args: Namespace) -> None:
     """Convert T5 weights between T5X, Hugging Face and native; print a JSON summary."""
@@ -450,7 +501,7 @@ def convert(args: Namespace) -> None:
     print(json.dumps(summary))
 
 
-FORMATS = ["t5x", "hf", "native"]
+FORMATS = ["t5x", "hf", "native"]  # of weights
 convert.add_argument(
     "--input", type=path, required=True, help="weights, or a run that trained a backbone"
 )

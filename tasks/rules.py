@@ -111,7 +111,7 @@ def _letter_items(rng: random.Random) -> Iterator[Operation]:
     )
     letters = synthetic.ALPHABET
     yield Operation(
-        "shift", f"{by:+}", _each(lambda c: letters[(letters.index(c) + by) % 26]), phrases
+        "shift", f"{way}{abs(by)}", _each(lambda c: letters[(letters.index(c) + by) % 26]), phrases
     )
     yield Operation("capital", "", _each(str.upper), ("write each letter as a capital",))
     yield _replace("letter", rng)

@@ -25,6 +25,7 @@ LAYERS = [
     ["__main__"],
     ["cli"],
     ["experiments"],
+    ["serving"],
     ["tools", "bench"],
     ["planning"],
     ["configs"],

@@ -215,7 +215,7 @@ def _decode_continuously(
             groups = _take_groups(run, queues, requested, batch.blocks)
             ids, tasks = _pad(run, groups, length)
             adapters, ids = run.source(ids, tasks)
-            encoded = _encode(run.config, run.params, ids, adapters)
+            encoded = encode_rows(run.config, run.params, ids, adapters)
             batch.blocks.append(_EncodedBlock(groups, encoded))
         active = run.slots - batch.slot_rows.count(None)
         if not active:
@@ -415,7 +415,9 @@ def _empty(config: T5Config, slots: int, steps: int) -> DecodeState:
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _encode(config: T5Config, params: Any, ids: Array, adapters: Adapters | None) -> EncodedRows:
+def encode_rows(
+    config: T5Config, params: Any, ids: Array, adapters: Adapters | None
+) -> EncodedRows:
     """Encode ids [B, L] to the cross-attention keys and values of every decoder layer."""
     model, variables = T5(config), {"params": params}
     encoded = model.apply(variables, ids, adapters, method="encode")

@@ -139,7 +139,7 @@ def test_no_slot_waits_for_the_longest_row() -> None:
 
 @pytest.mark.slow
 def test_all_lengths_share_few_programs() -> None:
-    compiled: Any = engine._encode, engine._steps, engine._insert
+    compiled: Any = engine.encode_rows, engine._steps, engine._insert
 
     def programs() -> list[int]:
         return [function._cache_size() for function in compiled]

@@ -605,7 +605,7 @@ def test_an_unwritable_output_is_refused_before_the_work(
         f"--backbone={backbone}",
         f"--adapter={adapter_folders['hyper_lora']['copy']}",
     ]
-    for output, expected in ((tmp_path, "is a folder"), (source / "x", "File exists")):
+    for output, expected in ((tmp_path, "is a folder"), (source / "x", "Not a directory")):
         assert expected in tiny_runs.fails(capsys, *argv, f"--input={source}", f"--output={output}")
 
 

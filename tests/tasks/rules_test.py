@@ -56,7 +56,8 @@ def test_rows_are_what_their_operations_say() -> None:
             positions = [int(p) - 1 for p in rule.operations[0].parameters]
             assert output == " ".join(items[p] for p in positions)
         elif rule.kinds == ("shift",):
-            by = int(rule.operations[0].parameters)
+            way, by = rule.operations[0].parameters[:-1], int(rule.operations[0].parameters[-1])
+            by = by if way == "forward" else -by
             pairs = zip(items, output.split(), strict=True)
             assert all((ord(y) - ord(x) - by) % 26 == 0 for x, y in pairs)
         elif rule.kinds == ("reverse", "add"):
@@ -98,8 +99,9 @@ def test_as_many_examples_as_requested_are_shown(split: str, shots: int) -> None
 def test_the_dataset_loads_as_any_other() -> None:
     config = config_lib.defaults()
     config.data.mixture = "rules"
-    tasks = pipeline.load_tasks("rules", config.data, "unseen_compositions", VOCAB)
-    assert len(tasks) == len(rules.rules()["unseen_compositions"])
+    for split in ("unseen_compositions", "train"):
+        tasks = pipeline.load_tasks("rules", config.data, split, VOCAB)
+        assert len(tasks) == len(rules.rules()[split])
     assert np.ptp([task.rate for task in tasks]) == 0
     with pytest.raises(UserError, match="the splits are train, unseen_parameters"):
         rules.load_rows(config.data, "test", VOCAB)

@@ -1,0 +1,93 @@
+"""``hyper-t5 serve``: start the service and uvicorn, and drain at SIGTERM."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from hyper_t5.inference import predictor as predictor_lib
+from hyper_t5.serving.api import create_app
+from hyper_t5.serving.service import Limits, Service
+from hyper_t5.utils import files
+from hyper_t5.utils.errors import UserError
+
+KEY_VARIABLE = "HYPER_T5_API_KEY"
+DRAIN_SECONDS = 60  # for running requests, after SIGTERM
+ADAPTERS = "served_adapters"  # in the workdir
+
+
+def open_service(
+    workdir: str, backbone: str, adapters: list[str], limits: Limits, overrides: Any = ()
+) -> Service:
+    """Open a run, or a backbone with adapter folders given as NAME=FOLDER.
+
+    Raises:
+      UserError: an adapter without a name, a folder of another backbone, or no model.
+    """
+    named: dict[str, Path] = {}
+    for text in adapters:
+        name, _, path = text.partition("=")
+        if not path:
+            raise UserError(f"--adapter {text}: write NAME=FOLDER")
+        named[name] = Path(path).expanduser()
+    if workdir:
+        predictor = predictor_lib.load(workdir, overrides=overrides)
+        folder = Path(workdir) / ADAPTERS
+    else:
+        predictor = predictor_lib.load(backbone)
+        folder = files.cache_root() / "serving" / predictor.backbone.digest[:32]
+    name = Path(workdir or backbone).resolve().name
+    return Service(predictor, name, folder, named, limits)
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn that ends with exit code 0 after SIGTERM, once its requests have ended."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        previous = {s: signal.signal(s, self.handle_exit) for s in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+def serve(
+    service: Service, host: str, port: int, api_key: str, adapter_dir: str, warm_up: bool
+) -> None:
+    """Serve until SIGTERM or SIGINT; then finish the running requests."""
+    start = time.monotonic()
+    if warm_up:
+        for line in service.warm_up():
+            print(f"serve: compiled {line}", flush=True)
+    service.scheduler.start()
+    app = create_app(
+        service,
+        api_key or os.environ.get(KEY_VARIABLE, ""),
+        Path(adapter_dir).expanduser() if adapter_dir else None,
+    )
+    config = uvicorn.Config(
+        app, host, port, log_level="warning", timeout_graceful_shutdown=DRAIN_SECONDS
+    )
+    config.load()
+    socket = config.bind_socket()
+    port = socket.getsockname()[1]
+    address = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
+    print(
+        f"serve: ready after {time.monotonic() - start:.1f} s at {address}/v1, page {address}/\n"
+        f"curl {address}/v1/completions -H 'Content-Type: application/json' -d "
+        f'\'{{"model": "{service.name}", "prompt": "a b c", "max_tokens": 16}}\'',
+        flush=True,
+    )
+    try:
+        _Server(config).run([socket])
+    finally:
+        service.scheduler.stop()
