@@ -59,14 +59,25 @@ EXTRAS = {
     "beam": ["apache-beam>=2.70,<3", "mlcroissant>=1.0,<2"],
     # ROUGE-L of Super-NaturalInstructions' cross-lingual track, by GPT-2's tokens.
     "gpt2": ["tokenizers>=0.23,<0.24"],
+    # `hyper-t5 serve`.
+    "serve": [
+        "fastapi>=0.115,<1",
+        "prometheus-client>=0.20,<1",
+        "pydantic>=2.10,<3",
+        "uvicorn>=0.30,<1",
+    ],
     "test": [
         "apache-beam>=2.70,<3",
+        "fastapi>=0.115,<1",
         "hypothesis>=6.150,<7",
         "libtpu>=0.0.42,<0.0.51",
         "mlcroissant>=1.0,<2",
         "mypy>=2.4,<3",
+        "openai>=1.50,<3",
         "peft>=0.21,<0.22",
         "pre-commit>=4.5,<5",
+        "prometheus-client>=0.20,<1",
+        "pydantic>=2.10,<3",
         "pytest>=9,<10",
         "pytest-xdist>=3.8,<4",
         "ruff>=0.17,<0.18",
@@ -74,6 +85,7 @@ EXTRAS = {
         "tokenizers>=0.23,<0.24",
         "torch>=2.12,<2.14",
         "transformers>=5.20,<6",
+        "uvicorn>=0.30,<1",
     ],
 }
 
@@ -94,6 +106,7 @@ setup(
     packages=packages(),
     package_dir={"hyper_t5": "hyper_t5"} | {name: folder for folder, name in MAPPED.items()},
     package_data={
+        "hyper_t5.serving": ["*.html"],
         "hyper_t5": ["assets/**/*"],
         "hyper_t5.configs": ["**/*.gin", "**/*.json"],
         "hyper_t5.tasks": ["**/*.model", "**/*.json*"],

@@ -448,9 +448,18 @@ def serve(args: Namespace) -> None:
     limits = Limits(
         args.max_batch, args.max_queue, args.max_adapters, args.max_input, args.max_output
     )
-    overrides = read_overrides(args.gin, args.gin_file)
-    service = server.open_service(args.workdir, args.backbone, args.adapter, limits, overrides)
-    server.serve(service, args.host, args.port, args.api_key, args.adapter_dir, args.warmup)
+    server.serve(
+        args.workdir,
+        args.backbone,
+        args.adapter,
+        limits,
+        overrides=read_overrides(args.gin, args.gin_file),
+        host=args.host,
+        port=args.port,
+        api_key=args.api_key,
+        adapter_dir=args.adapter_dir,
+        warm_up=args.warmup,
+    )
 
 
 serve.add_argument("--workdir", type=path, default="", help="run that generates adapters")

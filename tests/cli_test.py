@@ -32,6 +32,7 @@ FUNCTIONS = {
     "predict": "inference.predict_files.predict",
     "convert": "weights.convert",
     "export": "export.export",
+    "serve": "serving.server.serve",
     "plan": "planning.plan.plan",
     "bench": "bench.main",
 }

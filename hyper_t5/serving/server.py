@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,7 +50,16 @@ def open_service(
 
 
 class _Server(uvicorn.Server):
-    """Uvicorn that ends with exit code 0 after SIGTERM, once its requests have ended."""
+    """Uvicorn that says when it is ready, and ends with exit code 0 after SIGTERM."""
+
+    def __init__(self, config: uvicorn.Config, banner: str) -> None:
+        super().__init__(config)
+        self._banner = banner
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, then print the banner."""
+        await super().startup(sockets)
+        print(self._banner, flush=True)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -61,10 +72,34 @@ class _Server(uvicorn.Server):
 
 
 def serve(
-    service: Service, host: str, port: int, api_key: str, adapter_dir: str, warm_up: bool
+    workdir: str,
+    backbone: str,
+    adapters: list[str],
+    limits: Limits,
+    *,
+    overrides: Any = (),
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    api_key: str = "",
+    adapter_dir: str = "",
+    warm_up: bool = True,
 ) -> None:
-    """Serve until SIGTERM or SIGINT; then finish the running requests."""
+    """Serve until SIGTERM or SIGINT; then finish the running requests.
+
+    Args:
+      workdir: a run, or '' where ``backbone`` is set.
+      backbone: a backbone without a hypermodel.
+      adapters: NAME=FOLDER of native adapter folders.
+      limits: sizes.
+      overrides: of the run's config.
+      host: address to listen on.
+      port: 0 is any.
+      api_key: bearer token of /v1; '' is that of HYPER_T5_API_KEY, or none.
+      adapter_dir: the folder below which requests may load adapters; '' is none.
+      warm_up: compile all programs first.
+    """
     start = time.monotonic()
+    service = open_service(workdir, backbone, adapters, limits, overrides)
     if warm_up:
         for line in service.warm_up():
             print(f"serve: compiled {line}", flush=True)
@@ -77,17 +112,15 @@ def serve(
     config = uvicorn.Config(
         app, host, port, log_level="warning", timeout_graceful_shutdown=DRAIN_SECONDS
     )
-    config.load()
-    socket = config.bind_socket()
-    port = socket.getsockname()[1]
-    address = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
-    print(
+    bound = config.bind_socket()
+    shown = "127.0.0.1" if host == "0.0.0.0" else host
+    address = f"http://{shown}:{bound.getsockname()[1]}"
+    body = json.dumps({"model": service.name, "prompt": "a b c", "max_tokens": 8})
+    banner = (
         f"serve: ready after {time.monotonic() - start:.1f} s at {address}/v1, page {address}/\n"
-        f"curl {address}/v1/completions -H 'Content-Type: application/json' -d "
-        f'\'{{"model": "{service.name}", "prompt": "a b c", "max_tokens": 16}}\'',
-        flush=True,
+        f"curl {address}/v1/completions -H 'Content-Type: application/json' -d '{body}'"
     )
     try:
-        _Server(config).run([socket])
+        _Server(config, banner).run([bound])
     finally:
         service.scheduler.stop()

@@ -153,10 +153,10 @@ class Service:
                 "run, or load adapter folders",
             )
         digest = task_digest(str(run.digests), task, str(run.config.data.chunks))
-        if found := self.store.find(digest):
-            if name and name != found:
-                self.store.add(name, self._stored(found), {"digest": digest, "seconds": 0.0})
-            return self.store.describe(name or found) | {"cached": True}
+        if existing := self.store.find(digest):
+            if name and name != existing:
+                self.store.add(name, self._stored(existing), {"digest": digest, "seconds": 0.0})
+            return self.store.describe(name or existing) | {"cached": True}
         start = time.monotonic()
         adapter = self.predictor.adapt_all([task], log=lambda _: None)[0]
         seconds = time.monotonic() - start
@@ -331,8 +331,8 @@ class RowStream:
         before, self._text = self._text, self._vocab.decode(self._ids)
         tokens = (self._token(token, result, slot, self._text[len(before) :]),)
         ends = [self._text.find(stop) for stop in self._stops]
-        if found := [end for end in ends if end >= 0]:
-            self._text = self._text[: min(found)]
+        if any(end >= 0 for end in ends):
+            self._text = self._text[: min(end for end in ends if end >= 0)]
             self._put(Delta(self._text[self._sent :], tokens))
             self._sent = len(self._text)
             return False

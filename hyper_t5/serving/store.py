@@ -11,6 +11,7 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from hyper_t5 import adapters as ad
@@ -53,8 +54,9 @@ class AdapterStore:
         self._records: dict[str, dict[str, Any]] = {}
         self._lock = threading.RLock()
         for path in sorted(folder.glob(f"*/{RECORD}")):
-            self._folders[path.parent.name] = path.parent
-            self._records[path.parent.name] = files.read_json(path)
+            if NAME.fullmatch(path.parent.name):
+                self._folders[path.parent.name] = path.parent
+                self._records[path.parent.name] = files.read_json(path)
 
     def names(self) -> list[str]:
         """Return the names of all adapters."""
@@ -83,8 +85,12 @@ class AdapterStore:
         """Add a generated adapter, or replace the one of this name."""
         with self._lock:
             folder = self._folder / check_name(name)
-            adapter.save(folder)
-            files.write_json(folder / RECORD, record)
+            new = self._folder / f".{name}.new"  # no adapter's name: a kill leaves the old one
+            shutil.rmtree(new, ignore_errors=True)
+            adapter.save(new)
+            files.write_json(new / RECORD, record)
+            shutil.rmtree(folder, ignore_errors=True)
+            new.rename(folder)
             self._folders[name], self._records[name] = folder, record
             self._loaded.pop(name, None)
 
@@ -95,9 +101,6 @@ class AdapterStore:
           UserError: damaged, of another backbone, or not finite.
         """
         adapter = self._predictor.load_adapter(folder)
-        leaves = [np.asarray(x) for x in _leaves(adapter)]
-        if not all(np.isfinite(x).all() for x in leaves if x.dtype != bool):
-            raise UserError(f"{folder}: has values that are not finite; generate it again")
         with self._lock:
             self._folders[check_name(name)], self._records[name] = folder, {}
             self._loaded.pop(name, None)
@@ -124,18 +127,12 @@ class AdapterStore:
             "name": name,
             "kind": "+".join(kinds) or ("text" if adapter.meta.get("text") else "none"),
             "parameters": ad.parameters_per_task(adapter.adapters),
-            "bytes": sum(np.asarray(x).nbytes for x in _leaves(adapter)),
+            "bytes": sum(np.asarray(x).nbytes for x in jax.tree.leaves(adapter.adapters.tree)),
             "layer_norms": _layer_norms(adapter),
             "instruction": adapter.meta.get("instruction", ""),
             "examples_shown": adapter.meta.get("examples_shown", 0),
             "seconds": record.get("seconds", 0.0),
         }
-
-
-def _leaves(adapter: Adapter) -> list[Any]:
-    import jax
-
-    return jax.tree.leaves(adapter.adapters.tree)
 
 
 def _layer_norms(adapter: Adapter) -> list[float]:
@@ -144,15 +141,9 @@ def _layer_norms(adapter: Adapter) -> list[float]:
     for site, content in adapter.adapters.tree.items():
         if site == ad.MEMORY:
             continue
-        for leaf in _tree_leaves(content):
+        for leaf in (x for x in jax.tree.leaves(content) if x.dtype != bool):
             for layer, x in enumerate(np.asarray(leaf, np.float64)):
                 key = ("decoder" if site.startswith("dec") else "encoder", layer)
                 squares[key] = squares.get(key, 0.0) + float(np.square(x).sum())
     order = sorted(squares, key=lambda key: (key[0] == "decoder", key[1]))
     return [squares[key] ** 0.5 for key in order]
-
-
-def _tree_leaves(tree: Any) -> list[Any]:
-    import jax
-
-    return [x for x in jax.tree.leaves(tree) if np.asarray(x).dtype != bool]

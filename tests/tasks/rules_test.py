@@ -32,9 +32,9 @@ def test_unseen_compositions_are_in_no_training_task_with_any_parameters() -> No
     assert {family for family, _ in unseen} == set(rules.FAMILIES)
     # Each operation of an unseen pair is trained, alone and in other pairs.
     for family, kinds in unseen:
-        for place, kind in enumerate(kinds):
+        for index, kind in enumerate(kinds):
             assert (family, (kind,)) in trained
-            assert any(f == family and len(k) == 2 and k[place] == kind for f, k in trained)
+            assert any(f == family and len(k) == 2 and k[index] == kind for f, k in trained)
 
 
 def test_unseen_parameters_are_of_trained_compositions() -> None:
@@ -73,11 +73,11 @@ def test_rows_are_what_their_operations_say() -> None:
 
 
 def test_silent_tasks_differ_in_their_instruction_alone() -> None:
-    told, silent = tasks_of("unseen_compositions"), tasks_of("silent_compositions")
-    assert [task.name for task in told] == [task.name for task in silent]
+    spoken, silent = tasks_of("unseen_compositions"), tasks_of("silent_compositions")
+    assert [task.name for task in spoken] == [task.name for task in silent]
     assert {task.instruction for task in silent} == {rules.SILENT}
-    assert len({task.instruction for task in told}) == len(told)
-    assert [task.rows[5] for task in told] == [task.rows[5] for task in silent]
+    assert len({task.instruction for task in spoken}) == len(spoken)
+    assert [task.rows[5] for task in spoken] == [task.rows[5] for task in silent]
     trained = {task.name: task for task in tasks_of("train")}
     for task in tasks_of("silent_train"):
         inputs = {row.input for row in trained[task.name].rows}
