@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shlex
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +24,18 @@ pytest.importorskip("uvicorn", reason="the extra `serve` is not installed")
 SIZES = ("--max_batch=2", "--max_input=24", "--max_output=8")
 
 
-def start(*argv: str) -> tuple[subprocess.Popen[str], str, str]:
-    """Start a server; return the process, its address and the line with curl."""
+@contextlib.contextmanager
+def started(*argv: str) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
+    """Start a server; yield the process, its address and the line with curl."""
     command = [sys.executable, "-m", "hyper_t5", "serve", "--port=0", *SIZES, *argv]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout
-    for line in process.stdout:
-        if match := re.search(r"ready after .* at (\S+)/v1", line):
-            return process, match[1], next(iter(process.stdout))
-    raise AssertionError(f"the server ended with {process.wait()}")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        try:
+            lines = iter(process.stdout.readline, "")
+            ready = next(line for line in lines if line.startswith("serve: ready"))
+            yield process, re.findall(r"at (\S+)/v1", ready)[0], next(lines)
+        finally:
+            process.kill()
 
 
 def post(url: str, body: dict[str, Any]) -> Any:
@@ -41,35 +46,29 @@ def post(url: str, body: dict[str, Any]) -> Any:
 
 @pytest.mark.slow
 def test_sigterm_drains_and_a_restart_finds_the_adapters(served_run: Path) -> None:
-    process, url, curl = start(f"--workdir={served_run}")
-    body = post(f"{url}/v1/adapters", {"name": "kept", "instruction": "copy the letters"})
-    assert not body["cached"]
-    # The line that was printed works as it is.
-    answer = json.loads(subprocess.check_output([*shlex.split(curl), "-s"]))
-    assert answer["model"] == served_run.name
+    rows = {"model": "drained", "prompt": ["a b c"] * 32, "max_tokens": 8}
     answers: list[Any] = []
-    rows = {"model": "kept", "prompt": ["a b c"] * 32, "max_tokens": 8}
-    thread = threading.Thread(target=lambda: answers.append(post(f"{url}/v1/completions", rows)))
-    thread.start()
-    while not re.search(r"batch_fill 0\.[0-9]*[1-9]", _metrics(url)):
-        assert thread.is_alive() or answers
-        if answers:
-            break
-    process.send_signal(signal.SIGTERM)
-    thread.join()
-    assert len(answers[0]["choices"]) == 32
-    assert process.wait(60) == 0
-    process, url, _ = start(f"--workdir={served_run}", "--no-warmup")
-    try:
-        again = post(f"{url}/v1/completions", {"model": "kept", "prompt": "a b c", "max_tokens": 8})
+    with started(f"--workdir={served_run}") as (process, url, curl):
+        post(f"{url}/v1/adapters", {"name": "drained", "instruction": "drain"})
+        # The line that was printed works as it is.
+        answer = json.loads(subprocess.check_output([*shlex.split(curl), "-s"]))
+        assert answer["model"] == served_run.name
+        send = threading.Thread(target=lambda: answers.append(post(f"{url}/v1/completions", rows)))
+        send.start()
+        while not answers and "batch_fill 0.0" in _metrics(url):
+            assert send.is_alive()
+        process.send_signal(signal.SIGTERM)
+        send.join()
+        assert len(answers[0]["choices"]) == 32
+        assert process.wait(60) == 0
+    row = rows | {"prompt": "a b c"}
+    with started(f"--workdir={served_run}", "--no-warmup") as (_, url, _):  # and is killed
+        again = post(f"{url}/v1/completions", row)
         assert again["choices"][0]["text"] == answers[0]["choices"][0]["text"]
-    finally:
-        process.kill()
-        process.wait()
-    process, url, _ = start(f"--workdir={served_run}", "--no-warmup")  # after SIGKILL
-    assert post(f"{url}/v1/adapters", {"instruction": "copy the letters"})["cached"]
-    process.terminate()
-    assert process.wait(60) == 0
+    with started(f"--workdir={served_run}", "--no-warmup") as (process, url, _):
+        assert post(f"{url}/v1/adapters", {"instruction": "drain"})["cached"]
+        process.terminate()
+        assert process.wait(60) == 0
 
 
 def _metrics(url: str) -> str:
