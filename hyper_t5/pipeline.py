@@ -1,7 +1,8 @@
 """From a config to batches: the tasks of a mixture, a sampler, prefetching.
 
 Batch s is a function of (seed, s) alone; see `data.episodes` and `data.text_corpus`. SeqIO, and
-with it TensorFlow, is imported by `load_tasks` and `make_sampler`, not by this module.
+with it TensorFlow, is imported by `load_tasks` without ``data.store``, and by `make_sampler` for
+text of TensorFlow Datasets; never by this module.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from hyper_t5.data.episodes import EpisodeSampler
 from hyper_t5.data.task_rows import TaskData, text_key
 from hyper_t5.data.text_corpus import TextSampler
 from hyper_t5.data.vocab import Vocabulary, load_vocab
-from hyper_t5.tasks import MIXTURES, Dataset, store
+from hyper_t5.tasks import MIXTURES, Dataset, local_text, store
 from hyper_t5.utils.errors import UserError
 from hyper_t5.utils.overrides import choose
 
@@ -241,9 +242,11 @@ def make_sampler(config: Any, vocab: Vocabulary, layout: Layout = SEPARATE) -> S
     tasks of `load_peft_tasks`. Rows for validation are held out (`hold_out`).
     """
     if config.stage == "hyperpretrain":
-        from hyper_t5.tasks import text  # imports TensorFlow
+        source: Any = local_text
+        if not config.data.text or config.data.text.startswith(local_text.TFDS_PREFIX):
+            from hyper_t5.tasks import text as source  # imports TensorFlow
 
-        chunks = text.open_chunks(config.data, vocab, config.seed)
+        chunks = source.open_chunks(config.data, vocab, config.seed)
         return TextSampler(chunks, config.data, config.seed, layout)
     if config.stage == "peft":
         tasks = load_peft_tasks(config, vocab)

@@ -23,13 +23,10 @@ from hyper_t5.data.text_corpus import (
     MIN_CHUNK,
     SUFFIXES,
     ChunkSource,
-    StoredChunks,
-    cached_tokens,
-    read_documents,
-    text_files,
-    tokenize,
 )
 from hyper_t5.data.vocab import Vocabulary
+from hyper_t5.tasks import local_text
+from hyper_t5.tasks.local_text import TFDS_PREFIX
 from hyper_t5.tasks.seqio_tasks import (
     register_once,
     seqio,
@@ -40,7 +37,6 @@ from hyper_t5.tasks.seqio_tasks import (
 )
 from hyper_t5.utils.errors import UserError
 
-TFDS_PREFIX = "tfds:"
 MAX_STREAMS = 256  # open files
 BLOCK = 1024  # documents of a stream that are read and shuffled together
 MAX_IN_MEMORY = 32768  # documents of all blocks together
@@ -66,7 +62,7 @@ def register(spec: str, vocab: Vocabulary, on_bad_row: OnBadRow = "raise") -> st
                 "tfds:c4/en:3.1.0"
             ) from None
     else:
-        documents = _local_documents(spec, on_bad_row)
+        documents = local_text.documents(spec, on_bad_row)
         digest = hashlib.sha256(spec.encode()).hexdigest()[:8]
         stem = spec.rstrip("/").rsplit("/", 1)[-1].split(".")[0]
         name = seqio_name(f"text_{stem}_{digest}")
@@ -98,22 +94,7 @@ def open_chunks(data_config: Any, vocab: Vocabulary, seed: int) -> ChunkSource:
         source = seqio.TaskRegistry.get(name).source
         builder = _builder(source, spec)
         return TfdsChunks(builder, vocab, length, seed, data_config.tasks_per_batch)
-    if spec == "synthetic":
-        store = tokenize(_local_documents(spec, data_config.on_bad_row)(), vocab)
-    else:
-        store = cached_tokens(
-            text_files(spec), vocab, data_config.get("cache_dir", ""), data_config.on_bad_row
-        )
-    return StoredChunks(store, length, seed, f"data.text={spec!r}")
-
-
-def _local_documents(spec: str, on_bad_row: OnBadRow) -> Callable[[], Iterable[str]]:
-    if spec == "synthetic":
-        from hyper_t5.tasks import synthetic
-
-        return synthetic.documents
-    files = text_files(spec)
-    return lambda: (text for file in files for text in read_documents(file, on_bad_row))
+    return local_text.open_chunks(data_config, vocab, seed)
 
 
 def _dataset(

@@ -27,6 +27,7 @@ from hyper_t5.tasks import MIXTURES, store
 from hyper_t5.tasks.seqio_tasks import seqio, tfds
 from hyper_t5.tools import build_dataset
 from hyper_t5.utils.errors import UserError
+from tests.support import tiny_runs
 
 BYTES = ByteVocabulary()
 # Rows of each task, by split; lengths differ, and shards are cut in the middle of tasks.
@@ -594,3 +595,37 @@ def test_seqio_cache_tasks(sni_dir: Path, text_file: Path, tmp_path: Path, repo_
 
 def _values(row: dict[str, Any]) -> dict[str, Any]:
     return {name: np.asarray(value).tolist() for name, value in sorted(row.items())}
+
+
+WITHOUT_TENSORFLOW = """
+import sys
+
+for name in ("tensorflow", "seqio", "tensorflow_text", "t5x"):
+    sys.modules[name] = None  # an import of it fails, as where it is not installed
+from hyper_t5 import cli
+
+for argv in ARGVS:
+    assert cli.main(argv) == 0, argv
+"""
+
+
+@pytest.mark.slow
+def test_a_store_needs_no_tensorflow(text_file: Path, tmp_path: Path) -> None:
+    sni, backbone = tiny_runs.save_sni(tmp_path / "sni"), tiny_runs.save_backbone(tmp_path / "t5")
+    fields = {"backbone__path": str(backbone), "data__sni_dir": str(sni), "train__steps": 2}
+    fields |= {"data__cache_dir": str(tmp_path / "cache")}
+    built = build_dataset.build(tiny_runs.make_config(**fields).data, tmp_path / "s", mixture="sni")
+    fields |= {"data__store": os.fspath(built), "system": "hyper_prefix"}
+    mtf = tiny_runs.make_config(**fields)
+    text = {"stage": "hyperpretrain", "data__text": str(text_file)}
+    hyperpretrain = tiny_runs.make_config(**fields | text)
+    argvs = [
+        tiny_runs.command(mtf, tmp_path / "mtf"),
+        ["evaluate", f"--workdir={tmp_path / 'mtf'}"],
+        tiny_runs.command(hyperpretrain, tmp_path / "text"),
+    ]
+    code = WITHOUT_TENSORFLOW.replace("ARGVS", repr(argvs))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "mtf" / "checkpoints" / "2").is_dir()
+    assert (tmp_path / "text" / "checkpoints" / "2").is_dir()
