@@ -14,7 +14,7 @@ mislead it as they should:
         --shots 1,2,4,8,16 --gin.data.use_instruction=False --gin.data.hyper_length=264
 
 Arguments: ``system``, as in configs/quickstart.py; ``seed``. Lengths hold eight examples and an
-instruction. docs/results.md has what was measured.
+instruction. No run has been trained to its end yet, so there is no expected result.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 As in `synthetic`, a task maps five items to others by an *order* operation, an *item* operation or
 both in this order. Here operations have parameters that are drawn for each task (keep the items at
-positions 5, 2 and 3; move every letter 4 steps back; replace every 3 with 8), so that a rule is
-often quicker shown than told. Five splits:
+positions 5, 2 and 3; move every letter 4 steps back; replace every 3 with 8), so that examples say
+most rules as well as an instruction. Five splits:
 
 - ``train``: single operations and compositions;
 - ``unseen_parameters``: compositions of training, with parameters that no training task has;

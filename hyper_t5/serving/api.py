@@ -23,12 +23,13 @@ from pydantic import BaseModel, ValidationError
 
 from hyper_t5 import export
 from hyper_t5.serving import schemas
-from hyper_t5.serving.scheduler import QueueFullError
+from hyper_t5.serving.scheduler import QueueFullError, StoppedError
 from hyper_t5.serving.service import Delta, RefusedError, RowStream, Service
 from hyper_t5.serving.store import check_name
 from hyper_t5.utils.errors import UserError
 
 MOST_BYTES = 2_000_000  # of a request's body
+FAILED = "the server has failed; its log says why, and it must be restarted"
 T = TypeVar("T", bound=BaseModel)
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
@@ -98,6 +99,10 @@ def create_app(
     async def full(request: Request, error: QueueFullError) -> Response:
         refused = RefusedError(429, "the queue is full; try again in a second")
         return _error(refused, {"Retry-After": "1"})
+
+    @app.exception_handler(StoppedError)
+    async def stopped(request: Request, error: StoppedError) -> Response:
+        return _error(RefusedError(503, FAILED))
 
     _add_pages(app, service, metrics)
     _add_models(app, service)
@@ -357,6 +362,8 @@ class _Completion:
         finally:
             watch.cancel()
             self._end()
+        if any(deltas[-1].reason == "error" for deltas in rows):
+            raise RefusedError(503, FAILED)
         choices = [self._choice(i, deltas) for i, deltas in enumerate(rows)]
         return {**self._head, "choices": choices, "usage": self._usage()}
 
@@ -387,6 +394,9 @@ class _Completion:
             while running:
                 index, delta = await merged.get()
                 running -= bool(delta.reason)
+                if delta.reason == "error":
+                    yield _event({"error": {"message": FAILED, "type": "server_error"}})
+                    return
                 if delta.text or delta.reason or self._body.logprobs is not None:
                     choice = self._choice(index, [delta], offsets[index])
                     offsets[index] += len(delta.text)

@@ -7,6 +7,7 @@ generating an adapter, run between steps.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import queue
 import threading
 from collections import deque
@@ -21,6 +22,10 @@ from hyper_t5.serving.lane import ENCODE_ROWS, Lane, LaneRow, StepResult
 
 class QueueFullError(Exception):
     """More rows wait than ``--max_queue``."""
+
+
+class StoppedError(Exception):
+    """The scheduler's thread has ended by an error."""
 
 
 @dataclasses.dataclass
@@ -62,7 +67,7 @@ class Scheduler:
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._pending = 0  # rows submitted and in no slot yet
         self._lock = threading.Lock()
-        self._stopping = False
+        self._stopping = self._failed = False
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self.steps = self.slot_steps = self.used_slot_steps = 0
 
@@ -91,8 +96,11 @@ class Scheduler:
 
         Raises:
           QueueFullError: too many would wait.
+          StoppedError: the thread has failed.
         """
         with self._lock:
+            if self._failed:
+                raise StoppedError
             if self._pending + len(rows) > self._max_queue:
                 raise QueueFullError
             self._pending += len(rows)
@@ -108,6 +116,19 @@ class Scheduler:
     # --------------------------------------------------------------------------- the thread
 
     def _run(self) -> None:
+        try:
+            self._serve()
+        except BaseException:
+            # Out of memory, say. Waiting requests end with an error, /health says 503.
+            self._failed = True
+            self._take(block=False)
+            rows = [row for slots in self._slots.values() for row in slots]
+            for row in [*rows, *itertools.chain(*self._waiting.values())]:
+                if row is not None:
+                    row.emit(None, "error", 0)
+            raise
+
+    def _serve(self) -> None:
         while True:
             busy = any(any(slots) for slots in self._slots.values())
             waits = any(self._waiting.values())

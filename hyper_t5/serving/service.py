@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -46,7 +47,7 @@ class Token(NamedTuple):
 
 
 class Delta(NamedTuple):
-    """New text of a row; ``reason`` is set at its end: 'stop', 'length' or 'cancelled'."""
+    """New text of a row; ``reason`` is set at its end: 'stop', 'length', 'cancelled' or 'error'."""
 
     text: str
     tokens: tuple[Token, ...] = ()
@@ -152,6 +153,7 @@ class Service:
                 "this server has a backbone without a hypermodel; start it with --workdir of a "
                 "run, or load adapter folders",
             )
+        self._check_free(name)
         digest = task_digest(str(run.digests), task, str(run.config.data.chunks))
         if existing := self.store.find(digest):
             if name and name != existing:
@@ -161,7 +163,6 @@ class Service:
         adapter = self.predictor.adapt_all([task], log=lambda _: None)[0]
         seconds = time.monotonic() - start
         name = check_name(name or f"task-{digest[:12]}")
-        self._check_free(name)
         self.store.add(name, adapter, {"digest": digest, "seconds": seconds})
         return self.store.describe(name) | {"cached": False}
 
@@ -325,7 +326,7 @@ class RowStream:
         """Take a token; called in the scheduler's thread. Returns whether to go on."""
         if token is None:
             rest = self._text[self._sent :]
-            self._put(Delta(rest if result != "cancelled" else "", (), result))
+            self._put(Delta(rest if result in ("stop", "length") else "", (), result))
             return False
         self._ids.append(token)
         before, self._text = self._text, self._vocab.decode(self._ids)
@@ -358,5 +359,5 @@ class RowStream:
         return Token(text, float(result.log_probs[slot]), top)
 
     def _put(self, delta: Delta) -> None:
-        if not self._loop.is_closed():
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens
             self._loop.call_soon_threadsafe(self._queue.put_nowait, delta)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
+from hyper_t5.serving import server
 from hyper_t5.serving.api import create_app
 from hyper_t5.serving.service import Service
 
@@ -298,6 +299,26 @@ def test_a_cancelled_row_frees_its_slot(service: Service, client: TestClient) ->
     answer = client.post("/v1/completions", json=body | {"stream": False}).json()
     assert len(answer["choices"]) == 8
     assert service.scheduler.queued == 0
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_failed_scheduler_ends_every_request(served_run: Path, service: Service) -> None:
+    service = server.open_service(str(served_run), "", [], service.limits)
+    lane = next(iter(service.lanes.values()))
+    service.scheduler.start()
+
+    def fail() -> Any:
+        raise MemoryError("out of memory")
+
+    lane.step = fail  # type: ignore[method-assign]
+    body = {"model": service.name, "prompt": ["a"] * 10, "max_tokens": 4}
+    with TestClient(create_app(service, log=False)) as client:
+        response = client.post("/v1/completions", json=body)
+        service.scheduler._thread.join()
+        assert response.status_code == 503
+        assert "must be restarted" in response.json()["error"]["message"]
+        assert client.post("/v1/completions", json=body).status_code == 503
+        assert client.get("/health").status_code == 503
 
 
 def test_a_key_is_required_where_one_is_set(service: Service) -> None:
