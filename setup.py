@@ -59,6 +59,8 @@ EXTRAS = {
     "beam": ["apache-beam>=2.70,<3", "mlcroissant>=1.0,<2"],
     # ROUGE-L of Super-NaturalInstructions' cross-lingual track, by GPT-2's tokens.
     "gpt2": ["tokenizers>=0.23,<0.24"],
+    # hf://ORGANIZATION/NAME in place of a folder.
+    "hub": ["huggingface_hub>=1.0,<3"],
     # `hyper-t5 serve`.
     "serve": [
         "fastapi>=0.115,<1",
@@ -69,6 +71,7 @@ EXTRAS = {
     "test": [
         "apache-beam>=2.70,<3",
         "fastapi>=0.115,<1",
+        "huggingface_hub>=1.0,<3",
         "hypothesis>=6.150,<7",
         "libtpu>=0.0.42,<0.0.51",
         "mlcroissant>=1.0,<2",

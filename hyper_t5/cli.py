@@ -465,7 +465,11 @@ def serve(args: Namespace) -> None:
 serve.add_argument("--workdir", type=path, default="", help="run that generates adapters")
 serve.add_argument("--backbone", type=path, default="", help="backbone, without a hypermodel")
 serve.add_argument(
-    "--adapter", action="append", default=[], help="NAME=FOLDER of a native adapter; repeatable"
+    "--adapter",
+    type=flags.named_path,
+    action="append",
+    default=[],
+    help="NAME=FOLDER of a native adapter; repeatable",
 )
 serve.add_argument("--adapter_dir", type=path, default="", help="folder to load adapters from")
 serve.add_argument("--host", default="127.0.0.1", help="address (default: %(default)s)")

@@ -36,6 +36,7 @@ from hyper_t5.runs import Backbone, Run
 from hyper_t5.t5 import T5Config
 from hyper_t5.t5.decoding import Sampling
 from hyper_t5.utils.errors import UserError
+from hyper_t5.utils.paths import expand
 
 Tree = dict[str, Any]
 PathLike = str | Path
@@ -285,10 +286,11 @@ def load(path: PathLike, dtype: str = "float32", overrides: Sequence[str] = ()) 
     """Load a run, which can adapt too, or a backbone: native, T5X or Hugging Face.
 
     Args:
-      path: the folder.
+      path: the folder, or hf://ORGANIZATION/NAME.
       dtype: of a backbone's weights; a run records its own.
       overrides: of a run's config, such as "data.chunks=8" to adapt to many examples.
     """
+    path = expand(str(path))
     if runs.is_run(path):
         run = runs.open(path, overrides)
         return Predictor(run.backbone, run)

@@ -38,7 +38,7 @@ def open_service(
         name, _, path = text.partition("=")
         if not path:
             raise UserError(f"--adapter {text}: write NAME=FOLDER")
-        named[name] = Path(path).expanduser()
+        named[name] = Path(path)
     if workdir:
         predictor = predictor_lib.load(workdir, overrides=overrides)
         folder = Path(workdir) / ADAPTERS
@@ -107,7 +107,7 @@ def serve(
     app = create_app(
         service,
         api_key or os.environ.get(KEY_VARIABLE, ""),
-        Path(adapter_dir).expanduser() if adapter_dir else None,
+        Path(adapter_dir) if adapter_dir else None,
     )
     config = uvicorn.Config(
         app, host, port, log_level="warning", timeout_graceful_shutdown=DRAIN_SECONDS

@@ -67,6 +67,12 @@ def step(text: str) -> int | Literal["best"]:
     return "best" if text == "best" else at_least(0)(text)
 
 
+def named_path(text: str) -> str:
+    """Expand the path of NAME=PATH."""
+    name, equals, folder = text.rpartition("=")
+    return f"{name}{equals}{path(folder)}"
+
+
 seed = at_least(0, SEED_END)
 
 # ------------------------------------------------------------------------------- shared flags

@@ -1,4 +1,4 @@
-"""Paths as users write them: ``~`` and environment variables."""
+"""Paths as users write them: ``~``, environment variables, models of the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -8,19 +8,22 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from hyper_t5.utils import hub
 from hyper_t5.utils.errors import UserError
 
 
 def expand(path: str) -> str:
-    """Expand ``~`` and environment variables; an existing path is unchanged.
+    """Expand ``~``, environment variables and ``hf://``; an existing path is unchanged.
 
     Every path of a flag, a config field or a config argument goes through this function.
 
     Raises:
-      UserError: a variable is not set.
+      UserError: a variable is not set; or as `hub.local_folder`.
     """
     if os.path.lexists(path):
         return path
+    if path.startswith(hub.SCHEME):
+        return hub.local_folder(path)
     expanded = os.path.expandvars(os.path.expanduser(path))
     if unset := re.search(r"\$(\w+|\{\w+\})", expanded):
         raise UserError(f"{path}: environment variable {unset[0]} is not set; set it")

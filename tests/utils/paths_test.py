@@ -59,7 +59,8 @@ def test_every_path_flag_is_expanded(home: Path) -> None:
             elif isinstance(action, argparse._StoreAction) and action.option_strings:
                 is_text = action.type is None and not action.choices
                 assert not is_text or action.dest in {
-                    *("coordinator_address", "mixture", "metric", "topology", "systems", "steps")
+                    *("coordinator_address", "mixture", "metric", "topology", "systems", "steps"),
+                    *("host", "api_key"),
                 }, (name, action.option_strings)
     assert count > 40
 
