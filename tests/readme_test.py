@@ -122,7 +122,8 @@ def load_config(config: str) -> Any:
 
 
 @pytest.mark.parametrize(("name", "line"), commands())
-def test_complete_command_parses(name: str, line: str) -> None:
+def test_complete_command_parses(name: str, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hyper_t5.utils.hub.local_folder", str)  # nothing is downloaded
     args = cli.parse_args(words(line))  # raises UserError for an unknown or a missing flag
     config = load_config(getattr(args, "config", None) or "").copy_and_resolve_references()
     config_lib.apply(config, read_overrides(args.gin))
