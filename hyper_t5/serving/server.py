@@ -71,6 +71,31 @@ class _Server(uvicorn.Server):
                 signal.signal(number, handler)
 
 
+def _bind(host: str, port: int) -> socket.socket:
+    """Return a socket that is bound but does not listen yet; UserError where it cannot be."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    bound = socket.socket(family)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+    except OSError as error:
+        bound.close()
+        raise UserError(
+            f"serve: cannot listen at {host}:{port}: {error.strerror}; choose another --host or "
+            "--port"
+        ) from None
+    return bound
+
+
+def _banner(name: str, host: str, port: int, key: str) -> str:
+    """Return the addresses, and a line of curl that works."""
+    header = f' -H "Authorization: Bearer ${KEY_VARIABLE}"' if key else ""
+    body = json.dumps({"model": name, "prompt": "a b c", "max_tokens": 8})
+    command = f"/v1/completions{header} -H 'Content-Type: application/json' -d '{body}'"
+    url = f"http://{host}:{port}"
+    return f"at {url}/v1, page {url}/\ncurl {url}{command}"
+
+
 def serve(
     workdir: str,
     backbone: str,
@@ -99,28 +124,21 @@ def serve(
       warm_up: compile all programs first.
     """
     start = time.monotonic()
-    service = open_service(workdir, backbone, adapters, limits, overrides)
-    if warm_up:
-        for line in service.warm_up():
-            print(f"serve: compiled {line}", flush=True)
-    service.scheduler.start()
-    app = create_app(
-        service,
-        api_key or os.environ.get(KEY_VARIABLE, ""),
-        Path(adapter_dir) if adapter_dir else None,
-    )
-    config = uvicorn.Config(
-        app, host, port, log_level="warning", timeout_graceful_shutdown=DRAIN_SECONDS
-    )
-    bound = config.bind_socket()
-    shown = "127.0.0.1" if host == "0.0.0.0" else host
-    address = f"http://{shown}:{bound.getsockname()[1]}"
-    body = json.dumps({"model": service.name, "prompt": "a b c", "max_tokens": 8})
-    banner = (
-        f"serve: ready after {time.monotonic() - start:.1f} s at {address}/v1, page {address}/\n"
-        f"curl {address}/v1/completions -H 'Content-Type: application/json' -d '{body}'"
-    )
-    try:
-        _Server(config, banner).run([bound])
-    finally:
-        service.scheduler.stop()
+    with _bind(host, port) as bound:
+        service = open_service(workdir, backbone, adapters, limits, overrides)
+        if warm_up:
+            for line in service.warm_up():
+                print(f"serve: compiled {line}", flush=True)
+        service.scheduler.start()
+        key = api_key or os.environ.get(KEY_VARIABLE, "")
+        app = create_app(service, key, Path(adapter_dir) if adapter_dir else None)
+        config = uvicorn.Config(
+            app, host, port, log_level="warning", timeout_graceful_shutdown=DRAIN_SECONDS
+        )
+        banner = f"serve: ready after {time.monotonic() - start:.1f} s " + _banner(
+            service.name, "127.0.0.1" if host == "0.0.0.0" else host, bound.getsockname()[1], key
+        )
+        try:
+            _Server(config, banner).run([bound])
+        finally:
+            service.scheduler.stop()

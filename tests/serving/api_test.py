@@ -233,6 +233,8 @@ def test_vllm_style_load_and_unload(client: TestClient, post: Any) -> None:
         ("/v1/completions", '{"model":"run","prompt":"a","max_tokens":0}', 400, "max_tokens"),
         ("/v1/completions", '{"model":"run","prompt":"a","temperature":NaN}', 400, "temperature"),
         ("/v1/completions", '{"model":"../run","prompt":"a"}', 404, "does not exist"),
+        ("/nothing", "{}", 404, "POST /nothing: not found"),
+        ("/v1/models", "{}", 405, "POST /v1/models: method not allowed"),
         ("/v1/adapters", "{}", 400, "an instruction or examples are required"),
         ("/v1/adapters", '{"name":"../x","instruction":"a"}', 400, "adapter name '../x'"),
         ("/v1/adapters", '{"name":"run","instruction":"a"}', 409, "name of the base model"),

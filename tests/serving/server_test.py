@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -88,3 +89,10 @@ def test_invalid_flags_are_one_line(
     argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert message in tiny_runs.fails(capsys, "serve", *argv)
+
+
+def test_a_port_in_use_is_one_line(served_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        argv = ["serve", f"--workdir={served_run}", f"--port={port}"]
+        assert f"cannot listen at 127.0.0.1:{port}" in tiny_runs.fails(capsys, *argv)
