@@ -93,7 +93,7 @@ def test_a_task_is_adapted_and_answered(
     [adapted] = service.predictor.predict(["a b c"], adapter, max_decode_length=8)
     assert text_of(browser, "#answer-base output") == base.strip()
     assert text_of(browser, "#answer-adapter output") == adapted.strip()
-    assert text_of(browser, "#adapters h3").startswith("task-")
+    assert text_of(browser, "#adapters .chosen h3").startswith("task-")
     assert browser.find_elements("css selector", "#adapters svg rect")
     screenshot(browser, "page.png", tmp_path)
 
